@@ -1,0 +1,268 @@
+"""The released layout: a directory with `config.json`, `ckpt-0/tensor00000_000 ...` and, if any, `tokenizer.model`.
+
+No file stores its layer: layers lie in lexicographic order ("0", "1", "10", "11", ..., "2", "20", ...), because the
+release flattened a dictionary by sorted key. A directory that holds only Grok-1's 770 files, without config, is Grok-1.
+"""
+
+import dataclasses
+import hashlib
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from grokscope.checkpoint import tensorfile
+from grokscope.checkpoint.tensorfile import Tensor, TensorFileError
+from grokscope.config import GROK_1, GrokConfig
+from grokscope.model.params import GLOBAL_PARAMS, LAYER_PARAMS, Param
+from grokscope.model.quant import QuantizedWeight, quantize
+
+SUMS = "SHA256SUMS"
+
+RELEASED_SIZES = {
+    "in_out_embed/embeddings": 3_221_225_637,
+    "rms_norm/scale": 24_727,
+    "moe/linear/w": 1_611_137_347,
+    "moe/linear_1/w": 1_611_399_491,
+    "moe/linear_v/w": 1_611_137_347,
+    "multi_head_attention/key/w": 6_293_814,
+    "multi_head_attention/linear/w": 37_847_359,
+    "multi_head_attention/query/w": 37_761_334,
+    "multi_head_attention/value/w": 6_293_814,
+    "rms_norm_1/scale": 24_727,
+    "rms_norm_2/scale": 24_727,
+    "rms_norm_3/scale": 24_727,
+    "router/w": 196_770,
+}
+"""Bytes of each of Grok-1's files, from the listing of the release."""
+
+KNOWN_EMBEDDING_RMS = 0.0127436
+KNOWN_FIGURES = (
+    "expert load of layer 0 over 2048 tokens .132 .102 .166 .126 .114 .127 .128 .105",
+    "median top1 - top2 probability of layer 0: 0.00617",
+    "attention delta / stream of layer 0: 0.876; moe delta / stream: 0.483",
+)
+"""Public measurements of the real weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One file of the layout and the weight it holds."""
+
+    index: int
+    param: Param
+    layer: int | None
+
+    @property
+    def file(self) -> str:
+        return f"tensor{self.index:05d}_000"
+
+    @property
+    def path(self) -> str:
+        """The weight's name in the release."""
+        return f"language_model/{self.param.path}" if self.layer is None else f"decoder_layer_{self.layer}/{self.param.path}"
+
+
+def slots(config: GrokConfig) -> list[Slot]:
+    """Every file of a checkpoint of this shape, in order."""
+    found = [Slot(i, p, None) for i, p in enumerate(GLOBAL_PARAMS)]
+    for layer in sorted(range(config.num_layers), key=str):
+        found += [Slot(len(found) + i, p, layer) for i, p in enumerate(LAYER_PARAMS)]
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, opened: nothing but its config has been read."""
+
+    directory: Path
+    tensors: Path  # the folder of the tensor files
+    config: GrokConfig
+
+    @property
+    def tokenizer(self) -> Path | None:
+        path = self.directory / "tokenizer.model"
+        return path if path.exists() else None
+
+    def read(self, slot: Slot) -> Tensor:
+        """The memory-mapped tensor of a slot. Raises FileNotFoundError or TensorFileError, naming file and weight."""
+        path = self.tensors / slot.file
+        if not path.exists():
+            raise FileNotFoundError(f"{path} ({slot.path}) is missing; `grokscope verify {self.directory}` lists all faults")
+        tensor = tensorfile.read(path)
+        expected = slot.param.shape(self.config)
+        if tensor.weight.shape != expected or (tensor.scales is not None and slot.param.groups is None):
+            raise TensorFileError(f"{path} ({slot.path}): {self._mismatch(tensor, slot, expected)}")
+        return tensor
+
+    def _mismatch(self, tensor: Tensor, slot: Slot, expected: tuple[int, ...]) -> str:
+        found = f"found {tensor.weight.dtype} {list(tensor.weight.shape)}, expected {list(expected)}"
+        if slot.param.groups is None:
+            found += " float32"
+        same = [p.path for p in (*GLOBAL_PARAMS, *LAYER_PARAMS) if p.shape(self.config) == tensor.weight.shape]
+        return found + (f". The shape is that of {' or '.join(same)}: files swapped?" if same else "")
+
+    def hash(self) -> str:
+        """sha256 over config, file sizes, and router and norm files: identifies a checkpoint without reading it all."""
+        digest = hashlib.sha256(self.config.to_json().encode())
+        for slot in slots(self.config):
+            path = self.tensors / slot.file
+            digest.update(f"{slot.file} {path.stat().st_size}\n".encode())
+            if slot.param.name == "scale" or slot.param.module == "layer/router":
+                digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+
+def open_checkpoint(directory: Path | str) -> Checkpoint:
+    """Finds config and tensor files. Raises FileNotFoundError or ValueError, saying what a checkpoint looks like."""
+    directory = Path(directory)
+    layout = "a checkpoint is a folder with config.json and ckpt-0/tensor00000_000, tensor00001_000, ..."
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is not a directory; {layout}")
+    tensors = directory / "ckpt-0" if (directory / "ckpt-0").is_dir() else directory
+    if (directory / "config.json").exists():
+        return Checkpoint(directory, tensors, GrokConfig.read(directory / "config.json"))
+    count = len(list(tensors.glob("tensor?????_000")))
+    if count == len(slots(GROK_1)):
+        return Checkpoint(directory, tensors, GROK_1)
+    raise FileNotFoundError(
+        f"{directory} has no config.json and {count} tensor files (Grok-1 has {len(slots(GROK_1))}); {layout}"
+    )
+
+
+def write(
+    directory: Path | str,
+    config: GrokConfig,
+    weight: Callable[[Slot], np.ndarray | QuantizedWeight],
+    tokenizer: Path | None = None,
+) -> Path:
+    """Writes a checkpoint in the released form, int8 with 8 scale groups on row-parallel matrices, with SHA256SUMS.
+
+    `weight(slot)` gives a float array, quantised here where the release is quantised, or a QuantizedWeight as it is to
+    be stored. The directory appears whole or not at all; one that already has contents is refused.
+    """
+    directory = Path(directory)
+    if directory.exists() and any(directory.iterdir()):
+        raise FileExistsError(f"{directory} is not empty; choose a new folder, or delete it first")
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "ckpt-0").mkdir(parents=True)
+    (partial / "config.json").write_text(config.to_json())
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, partial / "tokenizer.model")
+    for slot in slots(config):
+        value = weight(slot)
+        if slot.param.groups is None:
+            tensor = Tensor(np.asarray(value, np.float32))
+        else:
+            if not isinstance(value, QuantizedWeight):
+                value = quantize(value, math.gcd(slot.param.groups, value.shape[-2]))
+            tensor = Tensor(np.asarray(value.weight), np.asarray(value.scales))
+        if tensor.weight.shape != slot.param.shape(config):
+            raise ValueError(f"{slot.path}: weight is {tensor.weight.shape}, expected {slot.param.shape(config)}")
+        tensorfile.write(partial / "ckpt-0" / slot.file, tensor)
+    sums = [f"{_sha256(p)}  {p.relative_to(partial)}\n" for p in sorted(partial.rglob("*")) if p.is_file()]
+    (partial / SUMS).write_text("".join(sums))
+    if directory.exists():
+        directory.rmdir()
+    partial.rename(directory)
+    return directory
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclasses.dataclass
+class Report:
+    """What `verify` found: `problems` name file, finding and expectation; `notes` say what was and was not checked."""
+
+    checkpoint: Checkpoint
+    num_files: int
+    num_bytes: int
+    problems: list[str]
+    notes: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(directory: Path | str, progress: Callable[[Iterable], Iterable] = iter) -> Report:
+    """Checks file set, sizes, headers, shapes, types, finite values and, where present, SHA256SUMS. Never raises for
+    what a tensor file holds; raises as `open_checkpoint` does where there is no checkpoint. Runs no pickle code."""
+    checkpoint = open_checkpoint(directory)
+    expected = slots(checkpoint.config)
+    report = Report(checkpoint, 0, 0, [], [])
+    present = {p.name for p in checkpoint.tensors.iterdir() if p.is_file()}
+    if checkpoint.tensors == checkpoint.directory:
+        present -= {"config.json", "tokenizer.model", SUMS, "README.md", "MODEL_CARD.md"}
+    for name in sorted(present - {s.file for s in expected}):
+        report.problems.append(f"{name}: not a file of this checkpoint, which ends at {expected[-1].file}")
+    for slot in progress(expected):
+        fault = _fault(checkpoint, slot)
+        if fault:
+            report.problems.append(f"{slot.file} ({slot.path}): {fault}")
+        elif slot.file in present:
+            report.num_files += 1
+            report.num_bytes += (checkpoint.tensors / slot.file).stat().st_size
+    sums = checkpoint.directory / SUMS
+    if sums.exists():
+        report.problems += _changed(sums, progress)
+        report.notes.append(f"{SUMS} compared: every listed file is as it was written, swapped files included.")
+    else:
+        report.notes.append(
+            f"No {SUMS}: a swap of files of equal shape (key and value, two norms, two layers) cannot be seen in this format."
+        )
+    if checkpoint.config == GROK_1:
+        report.notes += _known_figures(checkpoint, report)
+    return report
+
+
+def _fault(checkpoint: Checkpoint, slot: Slot) -> str | None:
+    path = checkpoint.tensors / slot.file
+    if not path.exists():
+        return "missing"
+    released = RELEASED_SIZES[slot.param.path] if checkpoint.config == GROK_1 else None
+    size = path.stat().st_size
+    try:
+        tensor = checkpoint.read(slot)
+    except TensorFileError as err:
+        text = str(err).removeprefix(f"{path}").removeprefix(f" ({slot.path})").removeprefix(": ")
+        return text + (f" (file has {size} bytes, the release {released})" if released not in (None, size) else "")
+    if released not in (None, size):
+        return f"{size} bytes, the released file has {released}"
+    floats = tensor.weight if tensor.scales is None else tensor.scales
+    if not np.isfinite(floats.astype(np.float32, copy=False)).all():
+        return "holds values that are not finite"
+    return None
+
+
+def _changed(sums: Path, progress: Callable[[Iterable], Iterable]) -> list[str]:
+    problems = []
+    for line in progress(sums.read_text().splitlines()):
+        digest, _, name = line.partition("  ")
+        path = sums.parent / name
+        if not path.exists():
+            problems.append(f"{name}: listed in {SUMS} but missing")
+        elif _sha256(path) != digest:
+            problems.append(f"{name}: contents differ from {SUMS}: changed or swapped since it was written")
+    return problems
+
+
+def _known_figures(checkpoint: Checkpoint, report: Report) -> list[str]:
+    embedding = slots(GROK_1)[0]
+    if any(p.startswith(embedding.file) for p in report.problems):
+        return []
+    table = checkpoint.read(embedding).weight
+    square = sum(float(np.square(rows, dtype=np.float64).sum()) for rows in np.array_split(table, 64))
+    rms = math.sqrt(square / table.size)
+    if abs(rms / KNOWN_EMBEDDING_RMS - 1) > 1e-3:
+        report.problems.append(f"{embedding.file}: embedding RMS {rms:.7f}, the real weights have {KNOWN_EMBEDDING_RMS}")
+    return [
+        f"Embedding RMS {rms:.7f} (real weights {KNOWN_EMBEDDING_RMS}).",
+        "Published figures of the real weights that need a text to compare: " + "; ".join(KNOWN_FIGURES) + ".",
+    ]

@@ -1,0 +1,1 @@
+"""The network in Haiku. Knows nothing of disks, prompts or notebooks."""

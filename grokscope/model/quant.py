@@ -1,0 +1,79 @@
+"""int8 weights with grouped scales, as Grok-1 is released, and the one product that knows about them.
+
+weight[..., k, n] = int8[..., k, n] * scales[..., k // (K / G), n]: G groups along the contracting axis K. The release
+has G = 1 for the matrices it splits by column and G = 8 for those it splits by row; any G that divides K works.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Float
+
+HIGHEST = jax.lax.Precision.HIGHEST  # float32 means float32: GPUs otherwise round products to TF32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight:
+    """int8 matrix (or stack of matrices) and its scales. A pytree; numpy or jax arrays alike.
+
+    Attributes:
+      weight: int8 [..., K, N].
+      scales: bfloat16 or float32 [..., G, N].
+    """
+
+    weight: jax.Array
+    scales: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight it stands for: what hk.get_parameter compares."""
+        return self.weight.shape
+
+    @property
+    def num_groups(self) -> int:
+        return self.scales.shape[-2]
+
+    def __getitem__(self, index) -> "QuantizedWeight":
+        """Matrix `index` of a stack."""
+        return QuantizedWeight(self.weight[index], self.scales[index])
+
+
+Weight = Array | QuantizedWeight
+
+
+def quantize(weight: np.ndarray, groups: int) -> QuantizedWeight:
+    """Symmetric int8 with one bfloat16 scale per group and column; the largest entry of a column becomes +-127."""
+    *lead, k, n = weight.shape
+    if k % groups:
+        raise ValueError(f"{groups} scale groups do not divide the contracting axis of {weight.shape}")
+    grouped = np.asarray(weight, np.float32).reshape(*lead, groups, k // groups, n)
+    scales = (np.abs(grouped).max(-2) / 127).astype(ml_dtypes.bfloat16)
+    scales = np.where(scales == 0, np.ones_like(scales), scales)
+    steps = np.rint(grouped / scales.astype(np.float32)[..., None, :])
+    return QuantizedWeight(np.clip(steps, -127, 127).astype(np.int8).reshape(weight.shape), scales)
+
+
+def dequantize(weight: QuantizedWeight, dtype: np.dtype | type = np.float32) -> np.ndarray:
+    """The matrix as numpy `dtype`. float32 products rounded once, so bfloat16 equals a bfloat16 product."""
+    *lead, k, n = weight.shape
+    int8, scales = np.asarray(weight.weight), np.asarray(weight.scales).astype(np.float32)
+    grouped = int8.reshape(*lead, weight.num_groups, k // weight.num_groups, n)
+    return np.multiply(grouped, scales[..., None, :], dtype=np.float32).reshape(weight.shape).astype(dtype, copy=False)
+
+
+def matmul(x: Float[Array, "*batch K"], w: Weight) -> Float[Array, "*batch N"]:
+    """x @ w in the type of x. int8 weights are never expanded: each group's product is scaled, then summed."""
+    if not isinstance(w, QuantizedWeight):
+        return jnp.matmul(x, w, precision=HIGHEST)
+    groups = w.num_groups
+    scales = w.scales.astype(x.dtype)
+    if groups == 1:
+        return jnp.matmul(x, w.weight.astype(x.dtype), precision=HIGHEST) * scales[0]
+    k, n = w.shape
+    x_groups = x.reshape(*x.shape[:-1], groups, k // groups)
+    w_groups = w.weight.reshape(groups, k // groups, n).astype(x.dtype)
+    return jnp.einsum("...gk,gkn,gn->...n", x_groups, w_groups, scales, precision=HIGHEST)

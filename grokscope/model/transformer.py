@@ -1,0 +1,268 @@
+"""The Grok-1 network in Haiku, in reading order: norm, cache, attention, router, experts, layer, embedding.
+
+Equal to the released code at its taps (tests/test_golden.py), after `grok-1` facts: sandwich norms, capped attention
+scores, gates that are not renormalised, tied embedding with both multipliers. One layer is one function, traced once
+and called L times; all of its states come in and go out. The compute type is the type of the embedding table.
+
+Only positions are masked (causally). Padding needs no mask of its own: what lies past the true length of a row is
+never visible to the positions before it, and is overwritten before decoding reaches it. `live` marks the tokens whose
+experts have to run; it saves work and changes no live value.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from grokscope.config import GrokConfig
+from grokscope.model.params import PARAMS, initializer
+from grokscope.model.quant import HIGHEST, Weight, matmul
+from grokscope.model.taps import tap
+
+ATTENTION_CAP = 30.0
+MASKED = -1e30
+NORM_EPS = 1e-5
+ROTARY_BASE = 10000.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExpertList:
+    """A stack of E expert matrices [E, K, N], kept as E separate weights, so that one can be read without the rest.
+
+    A static slice of one stacked array makes XLA on CPU copy the expert each time (9 against 37 GB/s, measured).
+    """
+
+    experts: tuple[Weight, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.experts), *self.experts[0].shape)
+
+    def __getitem__(self, index: int) -> Weight:
+        return self.experts[index]
+
+
+class KVCache(NamedTuple):
+    """Keys (rotated) and values of one layer for S positions: [B, S, G, C] each."""
+
+    k: jax.Array
+    v: jax.Array
+
+    @classmethod
+    def zeros(cls, config: GrokConfig, batch: int, length: int, dtype) -> "KVCache":
+        shape = (batch, length, config.num_kv_heads, config.key_size)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def write(self, k: Array, v: Array, start: Int[Array, " B"]) -> "KVCache":
+        """Positions start .. start + T of each row replaced by k and v [B, T, G, C]."""
+        put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=0))
+        return KVCache(put(self.k, k, start), put(self.v, v, start))
+
+
+class Module(hk.Module):
+    """A Haiku module that takes its weights from PARAMS."""
+
+    def __init__(self, config: GrokConfig, name: str):
+        super().__init__(name=name)
+        self.config = config
+
+    def weight(self, name: str) -> Weight:
+        (param,) = (p for p in PARAMS if (p.module, p.name) == (self.module_name, name))
+        return hk.get_parameter(name, param.shape(self.config), init=initializer(param, self.config))
+
+
+class RMSNorm(Module):
+    """Root-mean-square norm in float32, times a plain scale (not 1 + scale)."""
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + NORM_EPS)
+        return (wide * inverse * self.weight("scale")).astype(x.dtype)
+
+
+def rotate(x: Float[Array, "B T N C"], positions: Int[Array, "B T"]) -> Float[Array, "B T N C"]:
+    """Rotary embedding over the whole head, half-split: channel c turns with channel c + C/2. Angles in float32."""
+    half = x.shape[-1] // 2
+    frequencies = ROTARY_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(Module):
+    """Grouped-query attention: query head h reads key-value head h // (H / G)."""
+
+    def __call__(
+        self, x: Float[Array, "B T D"], cache: KVCache | None, start: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """x holds positions start .. start + T; without a cache they attend to one another only."""
+        batch, length, _ = x.shape
+        heads, groups, channels = self.config.num_q_heads, self.config.num_kv_heads, self.config.key_size
+        positions = start[:, None] + jnp.arange(length)
+
+        q = matmul(x, self.weight("query")).reshape(batch, length, heads, channels)
+        k = matmul(x, self.weight("key")).reshape(batch, length, groups, channels)
+        v = matmul(x, self.weight("value")).reshape(batch, length, groups, channels)
+        q, k, v = tap("q", rotate(q, positions)), tap("k", rotate(k, positions)), tap("v", v)
+        if cache is not None:
+            cache = cache.write(k, v, start)
+            k, v = cache
+        key_positions = jnp.arange(k.shape[1])
+
+        q = q.reshape(batch, length, groups, heads // groups, channels)
+        scores = jnp.einsum("btgrc,bsgc->bgrts", q, k, precision=HIGHEST).astype(jnp.float32)
+        scores = scores.reshape(batch, heads, length, -1) * (self.config.attn_output_multiplier / ATTENTION_CAP)
+        visible = key_positions[None, None, None, :] <= positions[:, None, :, None]  # [B, 1, T, S]
+        scores = tap("attn_scores", jnp.where(visible, ATTENTION_CAP * jnp.tanh(scores), MASKED))
+        pattern = tap("attn_pattern", jax.nn.softmax(scores, axis=-1)).astype(x.dtype)
+
+        pattern = pattern.reshape(batch, groups, heads // groups, length, -1)
+        z = jnp.einsum("bgrts,bsgc->btgrc", pattern, v, precision=HIGHEST)
+        z = tap("attn_z", z.reshape(batch, length, heads, channels))
+        return matmul(z.reshape(batch, length, heads * channels), self.weight("out")), cache
+
+
+class Router(Module):
+    """Scores all experts in float32 and keeps the K most probable. Their gates are not renormalised."""
+
+    def __call__(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T E"], Int[Array, "B T K"], Float[Array, "B T K"]]:
+        """Router logits, chosen experts and their gates."""
+        logits = tap("router_logits", matmul(x.astype(jnp.float32), self.weight("w")))
+        probs = tap("router_probs", jax.nn.softmax(logits, axis=-1))
+        gates, chosen = jax.lax.top_k(probs, self.config.num_selected_experts)
+        return logits, tap("expert_index", chosen), tap("expert_gate", gates)
+
+
+def tile_size(num_tokens: int) -> int:
+    """Rows that one product of an expert takes: fixed by the shape of the call, never by how tokens are routed."""
+    return num_tokens if num_tokens <= 32 else max(32, num_tokens // 8)
+
+
+class Experts(Module):
+    """Runs the chosen experts, and no others.
+
+    The N * K (token, choice) pairs are sorted by expert; each expert goes over its stretch in tiles of a fixed number
+    of rows, as many as it has tokens for. The last tile of an expert runs over into the stretch of the next, which
+    overwrites it. So one rule serves a decode step (a tile holds all tokens: an expert runs once or not at all), long
+    prompts and training, and a row's numbers do not depend on its neighbours.
+    """
+
+    def __call__(
+        self, x: Float[Array, "B T D"], chosen: Int[Array, "B T K"], live: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T K F"], Float[Array, "B T K D"]]:
+        """Hidden activation and output of each chosen expert, before its gate. Those of dead tokens mean nothing."""
+        config, width = self.config, x.shape[-1]
+        weights = {name: self.weight(name) for name in ("gate", "up", "down")}
+        k = config.num_selected_experts
+        num_tokens = x.shape[0] * x.shape[1]
+        tile = tile_size(num_tokens)
+
+        pairs = jnp.where(live[..., None], chosen, config.num_experts).reshape(num_tokens * k)
+        order = jnp.argsort(pairs, stable=True)
+        counts = jnp.sum(pairs[:, None] == jnp.arange(config.num_experts), axis=0)
+        begins = jnp.cumsum(counts) - counts
+        inputs = jnp.pad(x.reshape(num_tokens, width)[order // k], ((0, tile), (0, 0)))
+
+        hidden = jnp.zeros((num_tokens * k + tile, config.ffn_size), x.dtype)
+        outputs = jnp.zeros_like(inputs)
+        for expert in range(config.num_experts):
+            w = {name: stack[expert] for name, stack in weights.items()}
+
+            def run_tile(carry, index, w=w, begin=begins[expert], count=counts[expert]):
+                def run(hidden, outputs):
+                    at = begin + index * tile
+                    rows = jax.lax.dynamic_slice_in_dim(inputs, at, tile)
+                    inner = jax.nn.gelu(matmul(rows, w["gate"]), approximate=True) * matmul(rows, w["up"])
+                    hidden = jax.lax.dynamic_update_slice_in_dim(hidden, inner, at, axis=0)
+                    out = matmul(inner, w["down"])
+                    return hidden, jax.lax.dynamic_update_slice_in_dim(outputs, out, at, axis=0)
+
+                return jax.lax.cond(index * tile < count, run, lambda *same: same, *carry), None
+
+            (hidden, outputs), _ = jax.lax.scan(run_tile, (hidden, outputs), jnp.arange(-(-num_tokens // tile)))
+
+        back = jnp.argsort(order)
+        return hidden[back].reshape(*chosen.shape, -1), outputs[back].reshape(*chosen.shape, width)
+
+
+class Routed(NamedTuple):
+    """A layer between its two halves: what the experts still need."""
+
+    resid_mid: jax.Array  # [B, T, D]
+    normed: jax.Array  # [B, T, D], what router and experts read
+    logits: jax.Array  # [B, T, E]
+    chosen: jax.Array  # [B, T, K]
+    gates: jax.Array  # [B, T, K]
+
+
+class DecoderLayer(Module):
+    """Attention and experts, each between two norms. Two halves, so that streamed weights can follow the routing."""
+
+    @hk.name_like("__call__")
+    def attend_and_route(self, x, cache: KVCache | None, start) -> tuple[Routed, KVCache | None]:
+        x = tap("resid_pre", x)
+        attended, cache = Attention(self.config, "attention")(RMSNorm(self.config, "pre_attention_norm")(x), cache, start)
+        delta = RMSNorm(self.config, "post_attention_norm")(tap("attn_out", attended))
+        x = tap("resid_mid", x + tap("attn_delta", delta))
+        normed = RMSNorm(self.config, "pre_moe_norm")(x)
+        return Routed(x, normed, *Router(self.config, "router")(normed)), cache
+
+    @hk.name_like("__call__")
+    def run_experts(self, routed: Routed, live) -> Array:
+        hidden, out = Experts(self.config, "experts")(routed.normed, routed.chosen, live)
+        tap("expert_hidden", hidden)
+        out = tap("expert_out", out)
+        mixed = jnp.einsum("btk,btkd->btd", routed.gates.astype(out.dtype), out, precision=HIGHEST)
+        delta = RMSNorm(self.config, "post_moe_norm")(tap("moe_out", mixed))
+        return tap("resid_post", routed.resid_mid + tap("moe_delta", delta))
+
+    def __call__(self, x, cache: KVCache | None, start, live) -> tuple[Array, KVCache | None, Routed]:
+        routed, cache = self.attend_and_route(x, cache, start)
+        return self.run_experts(routed, live), cache, routed
+
+
+class Embedding(Module):
+    """The one table that reads tokens and predicts them."""
+
+    def encode(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        rows = jnp.take(self.weight("w"), tokens, axis=0)
+        return tap("embed", rows * jnp.asarray(self.config.embedding_multiplier_scale, rows.dtype))
+
+    @hk.name_like("__call__")
+    def decode(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        x = tap("final_norm", RMSNorm(self.config, "final_norm")(x))
+        return tap("logits", matmul(x, self.weight("w").T) * jnp.asarray(self.config.output_multiplier_scale, x.dtype))
+
+
+# The network as pure functions of parameters: dictionaries {Haiku module: {name: weight}}, one for each layer.
+
+
+def _pure(method):
+    """function(config, params, *inputs) from a function of (config, *inputs) that builds Haiku modules."""
+
+    def apply(config: GrokConfig, params: hk.Params, *inputs):
+        return hk.without_apply_rng(hk.transform(lambda *args: method(config, *args))).apply(params, *inputs)
+
+    return apply
+
+
+embed = _pure(lambda config, tokens: Embedding(config, "embedding").encode(tokens))
+unembed = _pure(lambda config, x: Embedding(config, "embedding").decode(x))
+layer = _pure(lambda config, *inputs: DecoderLayer(config, "layer")(*inputs))
+
+
+def initial_params(config: GrokConfig, key: jax.Array) -> tuple[hk.Params, list[hk.Params]]:
+    """Fresh float32 parameters: of the embedding, and of each layer."""
+    ends = hk.transform(lambda x: Embedding(config, "embedding").decode(x))
+    one = hk.transform(lambda x: DecoderLayer(config, "layer")(x, None, jnp.zeros(1, jnp.int32), jnp.ones((1, 1), bool)))
+    key, *layer_keys = jax.random.split(key, config.num_layers + 1)
+    x = jnp.zeros((1, 1, config.emb_size))
+    init = jax.jit(one.init)
+    return ends.init(key, x), [init(k, x) for k in layer_keys]

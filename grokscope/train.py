@@ -1,0 +1,290 @@
+"""A small training loop for the architecture: makes grok-1-mini, continues or fine-tunes any checkpoint of the format.
+
+Data is a folder of token ids: `meta.json` with {"weights": {domain: share}, "bytes_per_token": {domain: number}} and
+`train.<domain>.u16[.xz]`, `valid.<domain>.u16[.xz]`, little-endian uint16. A batch is a function of seed and step, and
+the whole state is saved, so a run that was killed resumes exactly. Master weights are float32; the result is written in
+the released format, int8. Every expert runs exactly the tokens routed to it: nothing is dropped, there is no capacity.
+"""
+
+import dataclasses
+import functools
+import json
+import lzma
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+from safetensors.numpy import load_file, save_file
+
+from grokscope.checkpoint import ckpt0, weights
+from grokscope.config import GrokConfig
+from grokscope.model import transformer
+from grokscope.model.params import PARAMS
+
+MATRICES = {(p.module, p.name) for p in PARAMS if p.groups is not None}
+EMBEDDING = ("embedding", "w")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to train. Learning rate: linear warm-up, constant, linear decay to zero over the last `decay` of the steps."""
+
+    steps: int
+    batch: int = 16
+    sequence_len: int = 256
+    learning_rate: float = 3e-3
+    warmup: int = 100
+    decay: float = 0.4
+    weight_decay: float = 0.1
+    load_balance: float = 0.01
+    router_z: float = 1e-3
+    seed: int = 0
+
+    def schedule(self) -> optax.Schedule:
+        hold = self.steps - int(self.decay * self.steps)
+        return optax.join_schedules(
+            [
+                optax.linear_schedule(0.0, self.learning_rate, self.warmup),
+                optax.constant_schedule(self.learning_rate),
+                optax.linear_schedule(self.learning_rate, 0.0, self.steps - hold),
+            ],
+            [self.warmup, hold],
+        )
+
+
+class TokenData:
+    """Token ids by domain, drawn in proportion to the weights of meta.json."""
+
+    def __init__(self, directory: Path | str, split: str, vocab_size: int):
+        directory = Path(directory)
+        if not (directory / "meta.json").exists():
+            raise FileNotFoundError(f"{directory}/meta.json not found; `grokscope train --help` shows the layout of data")
+        meta = json.loads((directory / "meta.json").read_text())
+        self.weights: dict[str, float] = meta["weights"]
+        self.bytes_per_token: dict[str, float] = meta["bytes_per_token"]
+        self.ids = {domain: _read_ids(directory / f"{split}.{domain}.u16") for domain in self.weights}
+        for domain, ids in self.ids.items():
+            if ids.max(initial=0) >= vocab_size:
+                raise ValueError(f"{split}.{domain} holds id {ids.max()}; the model's vocabulary has {vocab_size}")
+
+    def batch(self, seed: int, step: int, size: int, length: int) -> np.ndarray:
+        """int32 [size, length + 1]: the same for the same arguments."""
+        rng = np.random.default_rng((seed, step))
+        shares = np.array(list(self.weights.values()))
+        domains = rng.choice(list(self.weights), size, p=shares / shares.sum())
+        return np.stack([self.window(domain, rng, length) for domain in domains])
+
+    def window(self, domain: str, rng: np.random.Generator, length: int) -> np.ndarray:
+        ids = self.ids[domain]
+        if len(ids) <= length:
+            raise ValueError(f"domain {domain} has {len(ids)} tokens, a window needs {length + 1}; shorten sequence_len")
+        begin = rng.integers(0, len(ids) - length)
+        return ids[begin : begin + length + 1].astype(np.int32)
+
+
+def _read_ids(path: Path) -> np.ndarray:
+    packed = path.with_name(path.name + ".xz")
+    if path.exists():
+        return np.fromfile(path, "<u2")
+    if packed.exists():
+        return np.frombuffer(lzma.decompress(packed.read_bytes()), "<u2")
+    raise FileNotFoundError(f"neither {path} nor {packed.name} beside it exists")
+
+
+def losses(config: GrokConfig, params: dict, tokens: jax.Array, dtype) -> dict[str, jax.Array]:
+    """Of a batch [B, T + 1]: "nats" [B, T] per predicted token, "load_balance" (E * sum of share * probability, 1 when
+    even), "router_z" (mean squared log-sum-exp of router logits) and "share" [L, E], each expert's part of the slots."""
+    params = _cast(params, dtype)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    start, live = jnp.zeros(len(tokens), jnp.int32), jnp.ones(inputs.shape, bool)
+
+    def step(x, layer_params):
+        x, _, routed = transformer.layer(config, layer_params, x, None, start, live)
+        share = jnp.mean(jax.nn.one_hot(routed.chosen, config.num_experts), axis=(0, 1, 2))
+        probability = jnp.mean(jax.nn.softmax(routed.logits), axis=(0, 1))
+        balance = config.num_experts * jnp.sum(share * probability)
+        return x, (balance, jnp.mean(jax.nn.logsumexp(routed.logits, axis=-1) ** 2), share)
+
+    x = transformer.embed(config, params["ends"], inputs)
+    x, (balance, router_z, share) = jax.lax.scan(step, x, params["layers"])
+    logits = transformer.unembed(config, params["ends"], x).astype(jnp.float32)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return {"nats": nats, "load_balance": balance.mean(), "router_z": router_z.mean(), "share": share}
+
+
+def _cast(params: dict, dtype) -> dict:
+    def cast(path, leaf):
+        return leaf.astype(dtype) if _name(path) in MATRICES | {EMBEDDING} else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def _name(path) -> tuple[str, str]:
+    """(Haiku module, weight) of a leaf in {"ends": {module: {name: ...}}, "layers": ...}."""
+    return path[1].key, path[2].key
+
+
+def optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """AdamW with clipping; norms and router are not decayed."""
+
+    def decayed(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) in MATRICES | {EMBEDDING}, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(recipe.schedule(), b1=0.9, b2=0.95, weight_decay=recipe.weight_decay, mask=decayed),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3,))
+def train_step(config: GrokConfig, recipe: Recipe, dtype: str, state: dict, tokens: jax.Array) -> tuple[dict, dict]:
+    """One update. Returns the new state and the losses of the batch before it."""
+
+    def loss(params):
+        parts = losses(config, params, tokens, dtype)
+        total = parts["nats"].mean() + recipe.load_balance * parts["load_balance"] + recipe.router_z * parts["router_z"]
+        return total, parts
+
+    grads, parts = jax.grad(loss, has_aux=True)(state["params"])
+    updates, opt = optimizer(recipe).update(grads, state["opt"], state["params"])
+    parts["nats"] = parts["nats"].mean()
+    return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, parts
+
+
+_evaluate_batch = jax.jit(losses, static_argnums=(0, 3))
+
+
+def evaluate(config: GrokConfig, params: dict, data: TokenData, *, dtype: str, length: int = 256, windows: int = 48) -> dict:
+    """{domain: {"nats": per token, "bits_per_byte": ..., "share": [L, E]}} over fixed windows, and the "mixture" of
+    nats and bits weighted as in training."""
+    found = {}
+    for domain in data.weights:
+        rng = np.random.default_rng(7)
+        tokens = np.stack([data.window(domain, rng, length) for _ in range(windows)])
+        parts = [_evaluate_batch(config, params, tokens[i : i + 12], dtype) for i in range(0, windows, 12)]
+        nats = float(np.mean([np.mean(p["nats"]) for p in parts]))
+        share = np.mean([p["share"] for p in parts], axis=0)
+        found[domain] = {"nats": nats, "bits_per_byte": nats / math.log(2) / data.bytes_per_token[domain], "share": share}
+    total = sum(data.weights.values())
+    found["mixture"] = {
+        key: sum(data.weights[d] * found[d][key] for d in data.weights) / total for key in ("nats", "bits_per_byte")
+    }
+    return found
+
+
+def stack(ends: hk.Params, layers: list[hk.Params]) -> dict:
+    """Parameters as the training loop holds them: layers stacked along a leading axis."""
+    return {"ends": ends, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+
+def fresh_params(config: GrokConfig, seed: int) -> dict:
+    ends, layers = transformer.initial_params(config, jax.random.key(seed))
+
+    def listed(params):
+        experts = {n: transformer.ExpertList(tuple(w)) for n, w in params["layer/experts"].items()}
+        return {**params, "layer/experts": experts}
+
+    return stack(ends, [listed(p) for p in layers])
+
+
+def checkpoint_params(checkpoint: ckpt0.Checkpoint) -> dict:
+    """Float32 parameters of a checkpoint, dequantised."""
+    loaded = weights.load(checkpoint, np.dtype(np.float32), "expanded")
+    return stack(loaded.ends, loaded.layers)
+
+
+def export(directory: Path, config: GrokConfig, params: dict, tokenizer: Path | None) -> Path:
+    """Writes parameters in the released format; the embedding is rounded to bfloat16 values, as int8 costs it nothing."""
+    host = jax.tree.map(np.asarray, params)
+
+    def weight(slot: ckpt0.Slot) -> np.ndarray:
+        value = host["ends" if slot.layer is None else "layers"][slot.param.module][slot.param.name]
+        if slot.layer is None:
+            return value.astype(ml_dtypes.bfloat16).astype(np.float32) if slot.param.name == "w" else value
+        if isinstance(value, transformer.ExpertList):
+            return np.stack([w[slot.layer] for w in value.experts])
+        return value[slot.layer]
+
+    return ckpt0.write(directory, config, weight, tokenizer)
+
+
+def save_state(path: Path, step: int, state: dict) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    arrays = {jax.tree_util.keystr(p): np.ascontiguousarray(leaf) for p, leaf in leaves}
+    partial = path.with_name(path.name + ".partial")
+    save_file({**arrays, "step": np.array(step)}, partial)
+    os.replace(partial, path)
+
+
+def load_state(path: Path, like: dict) -> tuple[int, dict]:
+    """Step and state; raises ValueError if it belongs to another configuration."""
+    arrays = load_file(path)
+    paths, treedef = jax.tree_util.tree_flatten_with_path(like)
+    names = [jax.tree_util.keystr(p) for p, _ in paths]
+    wrong = [n for n, (_, leaf) in zip(names, paths, strict=True) if n not in arrays or arrays[n].shape != jnp.shape(leaf)]
+    if wrong:
+        raise ValueError(f"{path} belongs to another model: {wrong[0]} is missing or has another shape; choose a new --out")
+    return int(arrays["step"]), jax.tree_util.tree_unflatten(treedef, [jnp.asarray(arrays[n]) for n in names])
+
+
+def train(
+    data: Path | str,
+    out: Path | str,
+    recipe: Recipe,
+    *,
+    start: ckpt0.Checkpoint | GrokConfig,
+    tokenizer: Path | None = None,
+    save_every: int = 500,
+    report: Callable[[dict], None] = lambda row: None,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Path:
+    """Trains and writes `out/checkpoint`; `out/state.safetensors` lets the same call resume exactly.
+
+    `report` gets a row every 50 steps (step, nats, load_balance, router_z, least and greatest expert share, tokens per
+    second), also appended to `out/log.jsonl`. Raises FileExistsError if `out/checkpoint` exists.
+    """
+    out = Path(out)
+    if (out / "checkpoint").exists():
+        raise FileExistsError(f"{out}/checkpoint exists: this run is finished; choose a new --out")
+    out.mkdir(parents=True, exist_ok=True)
+    resuming = isinstance(start, ckpt0.Checkpoint)
+    config = start.config if resuming else start
+    tokenizer = tokenizer or (start.tokenizer if resuming else None)
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    ids = TokenData(data, "train", config.vocab_size)
+
+    params = checkpoint_params(start) if resuming else fresh_params(config, recipe.seed)
+    state, first = {"params": params, "opt": optimizer(recipe).init(params)}, 0
+    saved = {"recipe": dataclasses.asdict(recipe), "config": dataclasses.asdict(config)}
+    if (out / "state.safetensors").exists():
+        if json.loads((out / "recipe.json").read_text()) != saved:
+            raise ValueError(f"{out} was begun with another recipe or config (recipe.json there); choose a new --out")
+        first, state = load_state(out / "state.safetensors", state)
+    (out / "recipe.json").write_text(json.dumps(saved, indent=1))
+
+    clock = time.perf_counter()
+    for step in progress(range(first, recipe.steps)):
+        state, parts = train_step(config, recipe, dtype, state, ids.batch(recipe.seed, step, recipe.batch, recipe.sequence_len))
+        if (step + 1) % 50 == 0 or step + 1 == recipe.steps:
+            share = np.asarray(parts["share"])
+            steps_timed = step % 50 + 1
+            rate = steps_timed * recipe.batch * recipe.sequence_len / (time.perf_counter() - clock)
+            clock = time.perf_counter()
+            row = {name: round(float(parts[name]), 4) for name in ("nats", "load_balance", "router_z")}
+            row |= {"step": step + 1, "share_min": round(float(share.min()), 3), "share_max": round(float(share.max()), 3)}
+            row |= {"tokens_per_second": round(rate)}
+            with (out / "log.jsonl").open("a") as log:
+                log.write(json.dumps(row) + "\n")
+            report(row)
+        if (step + 1) % save_every == 0:
+            save_state(out / "state.safetensors", step + 1, state)
+    save_state(out / "state.safetensors", recipe.steps, state)
+    return export(out / "checkpoint", config, state["params"], tokenizer)
