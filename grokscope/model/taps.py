@@ -7,7 +7,8 @@ tap inside a branch, loop or shard_map body: such bodies return the value, and t
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 import jax
 
@@ -47,14 +48,32 @@ TAPS: dict[str, Tap] = {
     "logits": Tap("TV", "logits after their multiplier; position i predicts token i + 1", layered=False),
 }
 
-Observer = Callable[[str, jax.Array], jax.Array]
+class Observer(Protocol):
+    """What watches a function while it is traced."""
+
+    def wants(self, name: str) -> bool: ...
+
+    def __call__(self, name: str, value: jax.Array) -> jax.Array:
+        """The value to go on with."""
+        ...
+
 
 _observers: list[Observer] = []
 
 
-def tap(name: str, value: jax.Array) -> jax.Array:
-    """`value`, as the innermost installed observer returns it."""
-    return _observers[-1](name, value) if _observers else value
+def _same(value: jax.Array) -> jax.Array:
+    return value
+
+
+def tap(name: str, value: jax.Array, unpack=_same, pack=_same) -> jax.Array:
+    """`value`, as the innermost installed observer returns it.
+
+    Where the network holds the value in another layout, `unpack` gives the layout of TAPS and `pack` goes back; they
+    run only if somebody looks.
+    """
+    if not _observers or not _observers[-1].wants(name):
+        return value
+    return pack(_observers[-1](name, unpack(value)))
 
 
 @contextlib.contextmanager
