@@ -1,0 +1,53 @@
+"""grokscope: look inside Grok-1 while it generates.
+
+    import grokscope as gs
+    grok = gs.load()                                        # the bundled grok-1-mini
+    trace = grok.generate("Once upon a time", max_new_tokens=64)
+    trace["router_logits"]                                  # numpy [layer, position, expert]
+
+Names are imported when they are first used: `import grokscope` loads neither jax nor matplotlib.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "GROK_1": "grokscope.config",
+    "GrokConfig": "grokscope.config",
+    "Grok": "grokscope.run.engine",
+    "Loss": "grokscope.run.engine",
+    "TokenEvent": "grokscope.run.engine",
+    "load": "grokscope.run.engine",
+    "Trace": "grokscope.run.trace",
+    "open": "grokscope.run.dump",
+    "TAPS": "grokscope.model.taps",
+    "Tokenizer": "grokscope.tokenizer",
+    "verify": "grokscope.checkpoint.ckpt0",
+}
+_MODULES = {"plot": "grokscope.notebook.plots"}
+
+__all__ = [*_NAMES, *_MODULES]
+
+if TYPE_CHECKING:
+    from grokscope.checkpoint.ckpt0 import verify
+    from grokscope.config import GROK_1, GrokConfig
+    from grokscope.model.taps import TAPS
+    from grokscope.notebook import plots as plot
+    from grokscope.run.dump import open
+    from grokscope.run.engine import Grok, Loss, TokenEvent, load
+    from grokscope.run.trace import Trace
+    from grokscope.tokenizer import Tokenizer
+
+
+def __getattr__(name: str):
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
+    raise AttributeError(f"module 'grokscope' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,55 @@
+"""A Trace on disk: `manifest.json` and one safetensors file of its arrays, bfloat16 kept. No jax.
+
+The manifest names every part with size and sha256 and is written last, so a folder without one is not a dump.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from grokscope.run.trace import Trace
+
+FORMAT = "grokscope dump 1"
+ARRAYS = ("tokens", "logprobs")
+
+
+def save(trace: Trace, directory: Path | str) -> Path:
+    """Writes a dump into a new or empty folder; raises FileExistsError for one that holds anything."""
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists and is not an empty folder; choose a new one, or delete it first")
+    directory.mkdir(parents=True, exist_ok=True)
+    part = directory / "act-00000000.safetensors"
+    arrays = {name: getattr(trace, name) for name in ARRAYS} | {f"tap.{n}": a for n, a in trace.taps.items()}
+    save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, part)
+    fields = {f.name: getattr(trace, f.name) for f in dataclasses.fields(trace) if f.name not in (*ARRAYS, "taps")}
+    digest = hashlib.sha256(part.read_bytes()).hexdigest()
+    manifest = {"format": FORMAT, "parts": [{"file": part.name, "bytes": part.stat().st_size, "sha256": digest}], **fields}
+    partial = directory / "manifest.json.partial"
+    partial.write_text(json.dumps(manifest, indent=1))
+    os.replace(partial, directory / "manifest.json")
+    return directory
+
+
+def open(directory: Path | str) -> Trace:  # noqa: A001  read as grokscope.open
+    """The Trace of a dump. Raises FileNotFoundError if it is none, ValueError naming a part that was changed."""
+    directory = Path(directory)
+    path = directory / "manifest.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{directory} is not a dump: it has no manifest.json")
+    manifest = json.loads(path.read_text())
+    if manifest.pop("format", None) != FORMAT:
+        raise ValueError(f"{path} is not a manifest of {FORMAT!r}")
+    (part,) = manifest.pop("parts")
+    file = directory / part["file"]
+    if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != part["sha256"]:
+        raise ValueError(f"{file} is missing or was changed since it was written: its sha256 is not that of {path}")
+    arrays = load_file(file)
+    taps = {n.removeprefix("tap."): arrays[n] for n in sorted(arrays) if n.startswith("tap.")}
+    return Trace(**{n: arrays[n] for n in ARRAYS}, taps=taps, **manifest)

@@ -1,0 +1,348 @@
+"""Grok: a loaded model that traces and generates. `load` is where a session begins."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import math
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import grokscope
+from grokscope.checkpoint import weights as weights_module
+from grokscope.checkpoint.ckpt0 import Checkpoint, open_checkpoint
+from grokscope.config import GrokConfig
+from grokscope.model.taps import TAPS
+from grokscope.run import hooks
+from grokscope.run.decode import Run
+from grokscope.run.decode import Sequence as RunSequence
+from grokscope.run.sampling import Sampling
+from grokscope.run.trace import Trace
+from grokscope.tokenizer import Tokenizer
+
+NUMERICS = ("float32", "bfloat16")
+BUNDLED = "grok-1-mini"
+
+Prompt = str | Sequence[int] | np.ndarray
+Prompts = Prompt | Sequence[Prompt]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenEvent:
+    """A generated token, as `on_token` receives it.
+
+    Attributes:
+      prompt: index of its prompt in the call.
+      position: where it stands in its sequence.
+      id, logprob: the token and its log-probability in nats, before temperature and filters.
+      text: the whole characters it completes; "" inside a UTF-8 sequence.
+    """
+
+    prompt: int
+    position: int
+    id: int
+    text: str
+    logprob: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """Mean loss over predicted tokens. `bits_per_byte` is NaN without a tokenizer."""
+
+    nats_per_token: float
+    bits_per_byte: float
+    num_tokens: int
+    num_bytes: int
+
+
+def bundled_checkpoint() -> Path:
+    """Where grok-1-mini lies: inside an installed package, or in `checkpoints/` of a clone."""
+    package = Path(grokscope.__file__).parent
+    places = [package / "checkpoints" / BUNDLED, package.parent / "checkpoints" / BUNDLED]
+    for place in places:
+        if place.exists():
+            return place
+    raise FileNotFoundError(f"the bundled {BUNDLED} is neither at {places[0]} nor at {places[1]}; give a path to load")
+
+
+def load(
+    path: Path | str | None = None,
+    *,
+    numerics: str | None = None,
+    weights: weights_module.Form | None = None,
+    tokenizer: Path | str | None = None,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> "Grok":
+    """A model ready to run.
+
+    Args:
+      path: folder of a checkpoint in the released layout; None is the bundled grok-1-mini.
+      numerics: "float32" (highest precision at every product) or "bfloat16" (as released); None is float32 on CPU and
+        bfloat16 on GPU.
+      weights: "expanded" to the type of the numerics, or "int8" with scales; None expands where memory allows, on CPU.
+      tokenizer: a SentencePiece model; None is `tokenizer.model` of the checkpoint, if there is one.
+      progress: wraps the tensors as they are read, as tqdm does.
+
+    Raises:
+      FileNotFoundError, ValueError: no checkpoint there, or a file of it is missing or not what it should be.
+    """
+    checkpoint = open_checkpoint(bundled_checkpoint() if path is None else path)
+    if numerics is None:
+        numerics = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if numerics not in NUMERICS:
+        raise ValueError(f"numerics={numerics!r}; expected one of {', '.join(NUMERICS)}, or None")
+    if weights not in (None, "expanded", "int8"):
+        raise ValueError(f'weights={weights!r}; expected "expanded", "int8" or None')
+    model = checkpoint.tokenizer if tokenizer is None else Path(tokenizer)
+    tokens = None if model is None else Tokenizer(model)
+    if tokens is not None and tokens.vocab_size > checkpoint.config.vocab_size:
+        raise ValueError(f"{model} has {tokens.vocab_size} pieces, the model's vocabulary {checkpoint.config.vocab_size}")
+    loaded = weights_module.load(checkpoint, jax.numpy.dtype(numerics), weights, progress)
+    return Grok(checkpoint, loaded, tokens, numerics)
+
+
+class Grok:
+    """A Grok-1 of any size, its weights on the device.
+
+    Attributes:
+      config: its sizes.
+      tokenizer: public, or None if the checkpoint has none: then prompts are ids and pieces read "<422>".
+      numerics: "float32" or "bfloat16".
+    """
+
+    def __init__(self, checkpoint: Checkpoint, weights: weights_module.Weights, tokenizer: Tokenizer | None, numerics: str):
+        self.config: GrokConfig = checkpoint.config
+        self.tokenizer = tokenizer
+        self.numerics = numerics
+        self._checkpoint = checkpoint
+        self._weights: weights_module.Weights | None = weights
+        self._busy = threading.Lock()
+
+    def trace(self, x: Prompts, capture: str | Iterable[str] | None = None) -> Trace | list[Trace]:
+        """The forward pass of a text, of ids, or of a list of either (then one Trace each).
+
+        `capture` names taps (grokscope.TAPS); None is routing. Raises as `generate` does.
+        """
+        return self._run(x, 0, capture, dict(temperature=0.0, top_p=1.0, top_k=None, seed=0), accept=None)
+
+    def generate(
+        self,
+        x: Prompts,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        seed: int | Sequence[int] = 0,
+        stop_at_eos: bool = True,
+        stop: str | Sequence[str] = (),
+        on_token: Callable[[TokenEvent], None] | None = None,
+        capture: str | Iterable[str] | None = None,
+    ) -> Trace | list[Trace]:
+        """Continues a text, ids, or a list of either: one Trace each, equal to running each alone.
+
+        Args:
+          x: prompts. A text gets BOS in front where the model was trained so (config.prompt_bos); ids are never changed.
+          max_new_tokens: tokens to make at most. Prompt and these must fit the context.
+          temperature: 0 is exact greedy.
+          top_p, top_k: keep the most probable tokens up to this mass, or this number of them.
+          seed: one for all prompts or one each; the same seed gives the same text, alone or in a batch.
+          stop_at_eos: end at EOS. An EOS in a prompt does not end it.
+          stop: strings that end it; the token that completes one is kept.
+          on_token: called with a TokenEvent as each token is read.
+          capture: taps to keep; None is routing, () nothing.
+
+        On Ctrl-C the Traces of the finished and running prompts come back; meta["prompt"] says which.
+
+        Raises:
+          ValueError: an empty or too long prompt, an id outside the vocabulary, a text without tokenizer, bad sampling.
+          KeyError: an unknown tap. RuntimeError: closed, or generating in another thread.
+        """
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected a whole number from 1 (trace runs without new tokens)")
+        sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(s, str) and s for s in stops):
+            raise ValueError(f"stop={stop!r}: expected non-empty strings")
+        if stops and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this checkpoint has none; stop in on_token instead")
+        accept = functools.partial(self._accept, stop_at_eos=stop_at_eos, stops=stops, on_token=on_token)
+        return self._run(x, int(max_new_tokens), capture, sampling, accept)
+
+    def loss(self, x: Prompts) -> Loss:
+        """Mean loss of a text, of ids, or over a list of either. A first token without BOS before it is not predicted."""
+        traces = self.trace(x, capture=())
+        traces = [traces] if isinstance(traces, Trace) else traces
+        logprobs = np.concatenate([t.logprobs[1:] for t in traces])
+        if not len(logprobs):
+            raise ValueError("nothing to predict: a loss needs at least two tokens (or BOS and one)")
+        nats = -float(logprobs.sum(dtype=np.float64))
+        if self.tokenizer is None:
+            return Loss(nats / len(logprobs), math.nan, len(logprobs), 0)
+        num_bytes = sum(len(self.tokenizer.bytes[i]) for t in traces for i in t.tokens[1:])
+        return Loss(nats / len(logprobs), nats / math.log(2) / num_bytes if num_bytes else math.nan, len(logprobs), num_bytes)
+
+    def close(self) -> None:
+        """Frees the memory of the weights; the object cannot run afterwards."""
+        if self._weights is not None:
+            self._weights.delete()
+            self._weights = None
+
+    def __enter__(self) -> "Grok":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        c = self.config
+        size = f"{_count(c.num_parameters)} parameters, {_count(c.num_active_parameters)} active"
+        shape = f"{c.num_layers} layers, D {c.emb_size}, {c.num_q_heads}/{c.num_kv_heads} heads, {c.num_experts} experts top {c.num_selected_experts}"
+        if self._weights is None:
+            return f"Grok({self._checkpoint.directory.name}, closed)"
+        placed = f"{self._weights.form} weights {_bytes(self._weights.nbytes)} on {jax.default_backend()}"
+        return f"Grok({self._checkpoint.directory.name}: {size}; {shape}; context {c.sequence_len}; {self.numerics}, {placed})"
+
+    # Running
+
+    def _run(self, x: Prompts, limit: int, capture, sampling: dict, accept) -> Trace | list[Trace]:
+        taps = hooks.resolve(capture)
+        prompts, single = self._prompts(x, limit)
+        rows = Sampling.rows(len(prompts), self.config.vocab_size, **sampling)
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("this Grok is running in another thread; wait for it, or load a second one")
+        try:
+            if self._weights is None:
+                raise RuntimeError("this Grok was closed; load it again")
+            watch = [_Watch(self.tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
+            sequences = [
+                RunSequence(prompt, limit, i, functools.partial(accept, watch[i]) if accept else lambda *_: None)
+                for i, prompt in enumerate(prompts)
+            ]
+            Run(self.config, self._weights, taps, rows, sequences).run()
+            traces = [self._trace(s, i, rows if limit else None) for i, s in enumerate(sequences) if s.finish]
+        finally:
+            self._busy.release()
+        if single and not traces:
+            raise KeyboardInterrupt
+        return traces[0] if single else traces
+
+    def _accept(self, watch: "_Watch", sequence: RunSequence, token: int, logprob: float, *, stop_at_eos, stops, on_token):
+        """Reports a token; says why to stop after it."""
+        text = watch.read(token)
+        if on_token is not None:
+            on_token(TokenEvent(watch.prompt, len(sequence.tokens) - 1, token, text, logprob))
+        if stop_at_eos and token == self.config.eos_token:
+            return "eos"
+        return "stop" if any(s in watch.text[-len(s) - len(text) :] for s in stops) else None
+
+    def _prompts(self, x: Prompts, limit: int) -> tuple[list[np.ndarray], bool]:
+        """Ids of each prompt, and whether `x` was one prompt rather than a list."""
+        if isinstance(x, Trace):
+            raise TypeError("got a Trace; give its ids, trace.tokens, or its text, trace.text")
+        if not isinstance(x, str | Sequence | np.ndarray):
+            raise TypeError(f"a prompt is a text, token ids, or a list of either; got {type(x).__name__}")
+        single = isinstance(x, str) or len(x) == 0 or np.ndim(x[0]) == 0 and not isinstance(x[0], str)
+        return [self._ids(p, i, limit) for i, p in enumerate([x] if single else x)], single
+
+    def _ids(self, prompt: Prompt, index: int, limit: int) -> np.ndarray:
+        name = f"prompt {index}"
+        if len(prompt) == 0:
+            raise ValueError(f"{name} is empty; give at least one token (for free text the ids [{self.config.bos_token}], BOS)")
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(
+                    f"{name} is a text, but {self._checkpoint.directory} has no tokenizer.model; "
+                    "give token ids, or load(..., tokenizer=path)"
+                )
+            ids = np.array([self.config.bos_token] * self.config.prompt_bos + self.tokenizer.encode(prompt), np.int32)
+        else:
+            ids = np.asarray(prompt)
+            if ids.ndim != 1 or ids.dtype.kind not in "iu":
+                raise TypeError(f"{name} is neither a text nor a sequence of whole numbers: {ids.dtype} of shape {ids.shape}")
+            outside = ids[(ids < 0) | (ids >= self.config.vocab_size)]
+            if len(outside):
+                raise ValueError(f"{name} holds id {outside[0]}; the vocabulary has ids 0 to {self.config.vocab_size - 1}")
+        if len(ids) + limit > self.config.sequence_len:
+            raise ValueError(
+                f"{name} has {len(ids)} tokens" + (f" and max_new_tokens={limit}, {len(ids) + limit} in all" if limit else "")
+                + f"; the context holds {self.config.sequence_len}. Shorten the prompt or make fewer tokens"
+            )
+        return ids.astype(np.int32)
+
+    def _trace(self, sequence: RunSequence, index: int, sampling: Sampling | None) -> Trace:
+        tokens = np.array(sequence.tokens, np.int32)
+        n = len(sequence.prompt)
+        if self.tokenizer is None:
+            pieces = [f"<{i}>" for i in tokens]
+            text, continuation = "".join(pieces), "".join(pieces[n:])
+        else:
+            pieces = [self.tokenizer.pieces[i] if i < self.tokenizer.vocab_size else f"<{i}>" for i in tokens]
+            text = self.tokenizer.decode(tokens)
+            stream = self.tokenizer.stream(following=True)
+            continuation = "".join(stream(i) for i in tokens[n:]) + stream(None)
+        meta = {
+            "checkpoint": {"name": self._checkpoint.directory.name, "hash": self._hash},
+            "config": dataclasses.asdict(self.config),
+            "numerics": self.numerics,
+            "weights": self._weights.form,
+            "sampling": sampling and {
+                "temperature": float(sampling.temperature[index]),
+                "top_p": float(sampling.top_p[index]),
+                "top_k": int(sampling.top_k[index]),
+                "seed": int(sampling.seed[index]),
+            },
+            "edits": [],
+            "finish": sequence.finish,
+            "prompt": index,
+            "device": jax.devices()[0].device_kind,
+            "versions": versions(),
+        }  # fmt: skip
+        return Trace(
+            tokens=tokens,
+            pieces=pieces,
+            text=text,
+            continuation=continuation,
+            prompt_length=n,
+            logprobs=np.array(sequence.logprobs, np.float32),
+            taps={t: sequence.captures[t] for t in TAPS if t in sequence.captures},
+            dims={t: "L" * TAPS[t].layered + TAPS[t].dims for t in sequence.captures},
+            layers={t: list(range(self.config.num_layers)) for t in sequence.captures if TAPS[t].layered},
+            meta=meta,
+        )
+
+    @functools.cached_property
+    def _hash(self) -> str:
+        return self._checkpoint.hash()
+
+
+class _Watch:
+    """The text of one prompt's continuation as it grows."""
+
+    def __init__(self, tokenizer: Tokenizer | None, prompt: np.ndarray, index: int):
+        self.prompt = index
+        self.text = ""
+        self._stream = (lambda token: f"<{token}>") if tokenizer is None else tokenizer.stream(following=True)
+
+    def read(self, token: int) -> str:
+        text = self._stream(token)
+        self.text += text
+        return text
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    packages = ("grokscope", "jax", "jaxlib", "dm-haiku", "numpy")
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+def _count(n: int) -> str:
+    return next(f"{n / size:.3g} {unit}" for size, unit in ((1e9, "G"), (1e6, "M"), (1, "")) if n >= size)
+
+
+def _bytes(n: int) -> str:
+    return next(f"{n / size:.3g} {unit}" for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if n >= size)

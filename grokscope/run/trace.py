@@ -1,0 +1,151 @@
+"""A Trace: one sequence, what the model did on it, and where it comes from. numpy and pandas only, no jax.
+
+Every token has had its forward pass, so all taps have len(tokens) positions. `logits[i]` predicts token i + 1;
+`logprobs[i]` is log p(token i | those before) in nats, before temperature and filters, with logprobs[0] = NaN.
+"""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COORDINATES = {
+    "L": "layer",
+    "T": "position",
+    "S": "key_position",
+    "H": "head",
+    "G": "kv_head",
+    "E": "expert",
+    "K": "rank",
+    "C": "channel",
+    "D": "channel",
+    "F": "channel",
+    "V": "token",
+}
+"""Name of the numbers along each dimension letter."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trace:
+    """One sequence of T tokens, without batch axis and padding.
+
+    Attributes:
+      tokens: int32 [T], prompt and generated tokens, EOS included.
+      pieces: T strings as the tokenizer spells them, or "<422>" without a tokenizer.
+      text, continuation: of all tokens, and of those after the prompt; EOS has no text.
+      prompt_length: tokens of the prompt.
+      logprobs: float32 [T], nats.
+      taps: {name: array} in the type of the run (bfloat16 kept); `trace[name]` gives float32 or int32.
+      dims: {name: letters of its axes}, "L" in front for taps of a layer.
+      layers: {name: layer numbers along its first axis}.
+      meta: checkpoint, config, numerics, sampling, edits, versions, finish, prompt (index among those of the call).
+    """
+
+    tokens: np.ndarray
+    pieces: list[str]
+    text: str
+    continuation: str
+    prompt_length: int
+    logprobs: np.ndarray
+    taps: dict[str, np.ndarray]
+    dims: dict[str, str]
+    layers: dict[str, list[int]]
+    meta: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def phase(self) -> np.ndarray:
+        """[T] of "prefill" (the prompt) and "decode"."""
+        return np.where(np.arange(len(self)) < self.prompt_length, "prefill", "decode")
+
+    def __getitem__(self, key: str | tuple[str, int]) -> np.ndarray:
+        """trace[tap], or trace[tap, layer number], as numpy float32 or int32.
+
+        Raises KeyError naming the captured taps, or the layers kept of this one.
+        """
+        name, *layer = key if isinstance(key, tuple) else (key,)
+        if name not in self.taps:
+            near = difflib.get_close_matches(str(name), self.taps) or list(self.taps)
+            raise KeyError(f"tap {name!r} was not captured; captured are {', '.join(near) or 'none'}: ask with capture=")
+        value = self.taps[name]
+        if layer:
+            kept = self.layers.get(name)
+            if len(layer) > 1 or kept is None:
+                raise KeyError(f"{name!r} takes {'one layer number' if kept else 'no layer: it has no layer axis'}")
+            if layer[0] not in kept:
+                raise KeyError(f"layer {layer[0]} of {name!r} was not kept; kept are {kept}")
+            value = value[kept.index(layer[0])]
+        return value if value.dtype == np.int32 else value.astype(np.float32)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self.taps)
+
+    def coords(self, tap: str) -> dict[str, np.ndarray]:
+        """{axis name: its numbers}, in the order of the axes of trace[tap]: layer, position, head, expert, ..."""
+        value = self[tap]
+        numbers = [np.arange(n) for n in value.shape]
+        if tap in self.layers:
+            numbers[0] = np.array(self.layers[tap])
+        return {COORDINATES[d]: n for d, n in zip(self.dims[tap], numbers, strict=True)}
+
+    def to_pandas(self, table: str, *, wide: bool = False) -> "pd.DataFrame":
+        """A tidy table.
+
+        "tokens": position, token, piece, phase, logprob. "router": one row per position, layer and rank of the chosen
+        expert: position, piece, phase, layer, rank, expert, logit, prob (softmax of the logits), gate (what was used).
+        `wide`: one row a position, columns (expert | gate, layer, rank).
+        """
+        import pandas as pd
+
+        positions = np.arange(len(self))
+        if table == "tokens":
+            if wide:
+                raise ValueError('"tokens" has one row a token already; wide=True is for "router"')
+            columns = {"position": positions, "token": self.tokens, "piece": self.pieces}
+            return pd.DataFrame(columns | {"phase": self.phase, "logprob": self.logprobs})
+        if table != "router":
+            raise ValueError(f'no table {table!r}; tables are "router" and "tokens"')
+        experts, gates, logits = self["expert_index"], self["expert_gate"], self["router_logits"]
+        shifted = np.exp(logits - logits.max(-1, keepdims=True))
+        probs = shifted / shifted.sum(-1, keepdims=True)
+        num_layers, length, k = experts.shape
+        rows = np.indices((length, num_layers, k)).reshape(3, -1)
+        position, layer, rank = rows
+
+        def chosen(values):
+            return np.take_along_axis(values, experts, axis=-1)[layer, position, rank]
+
+        frame = pd.DataFrame(
+            {
+                "position": position,
+                "piece": np.array(self.pieces, object)[position],
+                "phase": self.phase[position],
+                "layer": np.array(self.layers["expert_index"])[layer],
+                "rank": rank,
+                "expert": experts[layer, position, rank],
+                "logit": chosen(logits),
+                "prob": chosen(probs),
+                "gate": gates[layer, position, rank],
+            }
+        )
+        if not wide:
+            return frame
+        return frame.pivot(index=["position", "piece", "phase"], columns=["layer", "rank"], values=["expert", "gate"])
+
+    def save(self, directory: Path | str) -> Path:
+        """Writes a dump that grokscope.open reads back. See grokscope.run.dump."""
+        from grokscope.run import dump
+
+        return dump.save(self, directory)
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= 60 else self.text[:57] + "..."
+        made = len(self) - self.prompt_length
+        return f"Trace({text!r}, {self.prompt_length} + {made} tokens, finish {self.meta['finish']}, taps: {', '.join(self.taps) or 'none'})"
