@@ -50,9 +50,7 @@ class GrokConfig:
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(f"num_q_heads={self.num_q_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if self.num_selected_experts > self.num_experts:
-            raise ValueError(
-                f"num_selected_experts={self.num_selected_experts} exceeds num_experts={self.num_experts}"
-            )
+            raise ValueError(f"num_selected_experts={self.num_selected_experts} exceeds num_experts={self.num_experts}")
         if self.key_size % 2:
             raise ValueError(f"key_size={self.key_size} is odd; rotary embedding turns pairs of channels")
         for name in ("pad_token", "bos_token", "eos_token"):

@@ -66,7 +66,9 @@ class TokenData:
     def __init__(self, directory: Path | str, split: str, vocab_size: int):
         directory = Path(directory)
         if not (directory / "meta.json").exists():
-            raise FileNotFoundError(f"{directory}/meta.json not found; `grokscope train --help` shows the layout of data")
+            raise FileNotFoundError(
+                f"{directory}/meta.json not found; `grokscope train --help` shows the layout of data"
+            )
         meta = json.loads((directory / "meta.json").read_text())
         self.weights: dict[str, float] = meta["weights"]
         self.bytes_per_token: dict[str, float] = meta["bytes_per_token"]
@@ -85,7 +87,9 @@ class TokenData:
     def window(self, domain: str, rng: np.random.Generator, length: int) -> np.ndarray:
         ids = self.ids[domain]
         if len(ids) <= length:
-            raise ValueError(f"domain {domain} has {len(ids)} tokens, a window needs {length + 1}; shorten sequence_len")
+            raise ValueError(
+                f"domain {domain} has {len(ids)} tokens, a window needs {length + 1}; shorten sequence_len"
+            )
         begin = rng.integers(0, len(ids) - length)
         return ids[begin : begin + length + 1].astype(np.int32)
 
@@ -162,7 +166,9 @@ def train_step(config: GrokConfig, recipe: Recipe, dtype: str, state: dict, toke
 _evaluate_batch = jax.jit(losses, static_argnums=(0, 3))
 
 
-def evaluate(config: GrokConfig, params: dict, data: TokenData, *, dtype: str, length: int = 256, windows: int = 48) -> dict:
+def evaluate(
+    config: GrokConfig, params: dict, data: TokenData, *, dtype: str, length: int = 256, windows: int = 48
+) -> dict:
     """{domain: {"nats": per token, "bits_per_byte": ..., "share": [L, E]}} over fixed windows, and the "mixture" of
     nats and bits weighted as in training."""
     found = {}
@@ -172,7 +178,11 @@ def evaluate(config: GrokConfig, params: dict, data: TokenData, *, dtype: str, l
         parts = [_evaluate_batch(config, params, tokens[i : i + 12], dtype) for i in range(0, windows, 12)]
         nats = float(np.mean([np.mean(p["nats"]) for p in parts]))
         share = np.mean([p["share"] for p in parts], axis=0)
-        found[domain] = {"nats": nats, "bits_per_byte": nats / math.log(2) / data.bytes_per_token[domain], "share": share}
+        found[domain] = {
+            "nats": nats,
+            "bits_per_byte": nats / math.log(2) / data.bytes_per_token[domain],
+            "share": share,
+        }
     total = sum(data.weights.values())
     found["mixture"] = {
         key: sum(data.weights[d] * found[d][key] for d in data.weights) / total for key in ("nats", "bits_per_byte")
@@ -199,6 +209,13 @@ def checkpoint_params(checkpoint: ckpt0.Checkpoint) -> dict:
     """Float32 parameters of a checkpoint, dequantised."""
     loaded = weights.load(checkpoint, np.dtype(np.float32), "expanded")
     return stack(loaded.ends, loaded.layers)
+
+
+def evaluate_checkpoint(directory: Path, data: Path | str, windows: int = 48) -> dict:
+    """`evaluate` of a checkpoint on disk, as it was stored, over the held-out windows of `data`."""
+    checkpoint = ckpt0.open_checkpoint(directory)
+    held_out = TokenData(data, "valid", checkpoint.config.vocab_size)
+    return evaluate(checkpoint.config, checkpoint_params(checkpoint), held_out, dtype="float32", windows=windows)
 
 
 def export(directory: Path, config: GrokConfig, params: dict, tokenizer: Path | None) -> Path:
@@ -229,9 +246,13 @@ def load_state(path: Path, like: dict) -> tuple[int, dict]:
     arrays = load_file(path)
     paths, treedef = jax.tree_util.tree_flatten_with_path(like)
     names = [jax.tree_util.keystr(p) for p, _ in paths]
-    wrong = [n for n, (_, leaf) in zip(names, paths, strict=True) if n not in arrays or arrays[n].shape != jnp.shape(leaf)]
+    wrong = [
+        n for n, (_, leaf) in zip(names, paths, strict=True) if n not in arrays or arrays[n].shape != jnp.shape(leaf)
+    ]
     if wrong:
-        raise ValueError(f"{path} belongs to another model: {wrong[0]} is missing or has another shape; choose a new --out")
+        raise ValueError(
+            f"{path} belongs to another model: {wrong[0]} is missing or has another shape; choose a new --out"
+        )
     return int(arrays["step"]), jax.tree_util.tree_unflatten(treedef, [jnp.asarray(arrays[n]) for n in names])
 
 
@@ -272,14 +293,20 @@ def train(
 
     clock = time.perf_counter()
     for step in progress(range(first, recipe.steps)):
-        state, parts = train_step(config, recipe, dtype, state, ids.batch(recipe.seed, step, recipe.batch, recipe.sequence_len))
+        state, parts = train_step(
+            config, recipe, dtype, state, ids.batch(recipe.seed, step, recipe.batch, recipe.sequence_len)
+        )
         if (step + 1) % 50 == 0 or step + 1 == recipe.steps:
             share = np.asarray(parts["share"])
             steps_timed = step % 50 + 1
             rate = steps_timed * recipe.batch * recipe.sequence_len / (time.perf_counter() - clock)
             clock = time.perf_counter()
             row = {name: round(float(parts[name]), 4) for name in ("nats", "load_balance", "router_z")}
-            row |= {"step": step + 1, "share_min": round(float(share.min()), 3), "share_max": round(float(share.max()), 3)}
+            row |= {
+                "step": step + 1,
+                "share_min": round(float(share.min()), 3),
+                "share_max": round(float(share.max()), 3),
+            }
             row |= {"tokens_per_second": round(rate)}
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")

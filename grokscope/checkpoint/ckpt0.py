@@ -62,7 +62,11 @@ class Slot:
     @property
     def path(self) -> str:
         """The weight's name in the release."""
-        return f"language_model/{self.param.path}" if self.layer is None else f"decoder_layer_{self.layer}/{self.param.path}"
+        return (
+            f"language_model/{self.param.path}"
+            if self.layer is None
+            else f"decoder_layer_{self.layer}/{self.param.path}"
+        )
 
 
 def slots(config: GrokConfig) -> list[Slot]:
@@ -90,7 +94,9 @@ class Checkpoint:
         """The memory-mapped tensor of a slot. Raises FileNotFoundError or TensorFileError, naming file and weight."""
         path = self.tensors / slot.file
         if not path.exists():
-            raise FileNotFoundError(f"{path} ({slot.path}) is missing; `grokscope verify {self.directory}` lists all faults")
+            raise FileNotFoundError(
+                f"{path} ({slot.path}) is missing; `grokscope verify {self.directory}` lists all faults"
+            )
         tensor = tensorfile.read(path)
         expected = slot.param.shape(self.config)
         if tensor.weight.shape != expected or (tensor.scales is not None and slot.param.groups is None):
@@ -261,7 +267,9 @@ def _known_figures(checkpoint: Checkpoint, report: Report) -> list[str]:
     square = sum(float(np.square(rows, dtype=np.float64).sum()) for rows in np.array_split(table, 64))
     rms = math.sqrt(square / table.size)
     if abs(rms / KNOWN_EMBEDDING_RMS - 1) > 1e-3:
-        report.problems.append(f"{embedding.file}: embedding RMS {rms:.7f}, the real weights have {KNOWN_EMBEDDING_RMS}")
+        report.problems.append(
+            f"{embedding.file}: embedding RMS {rms:.7f}, the real weights have {KNOWN_EMBEDDING_RMS}"
+        )
     return [
         f"Embedding RMS {rms:.7f} (real weights {KNOWN_EMBEDDING_RMS}).",
         "Published figures of the real weights that need a text to compare: " + "; ".join(KNOWN_FIGURES) + ".",

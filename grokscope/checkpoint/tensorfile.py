@@ -87,7 +87,9 @@ class _Reader:
     def take(self, count: int) -> bytes:
         begin, self.at = self.at, self.at + count
         if self.at > len(self.data):
-            raise self.fail(f"the end of the file after {len(self.data)} bytes", f"{self.at - len(self.data)} more", begin)
+            raise self.fail(
+                f"the end of the file after {len(self.data)} bytes", f"{self.at - len(self.data)} more", begin
+            )
         return self.data[begin : self.at].tobytes()
 
     def number(self, form: str) -> int:
@@ -98,7 +100,8 @@ class _Reader:
         begin = self.at
         if begin + length > len(self.data):
             raise self.fail(
-                f"{len(self.data) - begin} bytes to the end of the file", f"a payload of {length}: the file is truncated"
+                f"{len(self.data) - begin} bytes to the end of the file",
+                f"a payload of {length}: the file is truncated",
             )
         self.at += length
         return _Bytes(begin, length)
@@ -166,7 +169,11 @@ class _Reader:
                 case b"u":
                     items = self.since_mark()
                     fields = self.stack[-1] if self.stack else None
-                    if not isinstance(fields, dict) or len(items) % 2 or not all(isinstance(k, str) for k in items[::2]):
+                    if (
+                        not isinstance(fields, dict)
+                        or len(items) % 2
+                        or not all(isinstance(k, str) for k in items[::2])
+                    ):
                         raise self.fail("items for something else than a dictionary", "weight and scales", begin)
                     fields.update(zip(items[::2], items[1::2], strict=True))
                 case b"\x93":
@@ -205,14 +212,20 @@ class _Reader:
                 isinstance(n, int) and n >= 0 for n in shape
             ):
                 if length != math.prod(shape) * dtype.itemsize:
-                    raise self.fail(f"{length} bytes for {dtype} of shape {shape}", f"{math.prod(shape) * dtype.itemsize}", begin)
+                    raise self.fail(
+                        f"{length} bytes for {dtype} of shape {shape}", f"{math.prod(shape) * dtype.itemsize}", begin
+                    )
                 target.dtype, target.shape, target.offset = dtype, shape, offset
             case _DType(), (3, "<" | "|", None, None, None, int(), int(), int()):
                 pass
             case _Object(fields=None), {"weight": _Array(), "scales": _Array()} if len(state) == 2:
                 target.fields = state
             case _:
-                raise self.fail(f"a state of {type(target).__name__} that is not in C order and little-endian", "the format's", begin)
+                raise self.fail(
+                    f"a state of {type(target).__name__} that is not in C order and little-endian",
+                    "the format's",
+                    begin,
+                )
 
 
 def read(path: Path) -> Tensor:
@@ -239,9 +252,15 @@ def read(path: Path) -> Tensor:
     weight, scales = view(found.fields["weight"]), view(found.fields["scales"])
     if weight.dtype != np.int8 or scales.dtype == np.int8:
         raise TensorFileError(f"{path}: weight is {weight.dtype}, scales {scales.dtype}; expected int8 and float")
-    grouped = scales.ndim == weight.ndim >= 2 and scales.shape[:-2] == weight.shape[:-2] and scales.shape[-1] == weight.shape[-1]
+    grouped = (
+        scales.ndim == weight.ndim >= 2
+        and scales.shape[:-2] == weight.shape[:-2]
+        and scales.shape[-1] == weight.shape[-1]
+    )
     if not grouped or not scales.shape[-2] or weight.shape[-2] % scales.shape[-2]:
-        raise TensorFileError(f"{path}: scales {scales.shape} do not fit weights {weight.shape}; expected [..., G, N], G dividing K")
+        raise TensorFileError(
+            f"{path}: scales {scales.shape} do not fit weights {weight.shape}; expected [..., G, N], G dividing K"
+        )
     return Tensor(weight, scales)
 
 

@@ -66,14 +66,11 @@ def dequantize(weight: QuantizedWeight, dtype: np.dtype | type = np.float32) -> 
 
 
 def matmul(x: Float[Array, "*batch K"], w: Weight) -> Float[Array, "*batch N"]:
-    """x @ w in the type of x. int8 weights are never expanded: each group's product is scaled, then summed."""
+    """x @ w in the type of x. int8 weights are never expanded: each group's product is scaled in float32, then summed."""
     if not isinstance(w, QuantizedWeight):
         return jnp.matmul(x, w, precision=HIGHEST)
-    groups = w.num_groups
-    scales = w.scales.astype(x.dtype)
-    if groups == 1:
-        return jnp.matmul(x, w.weight.astype(x.dtype), precision=HIGHEST) * scales[0]
-    k, n = w.shape
+    groups, (k, n) = w.num_groups, w.shape
     x_groups = x.reshape(*x.shape[:-1], groups, k // groups)
     w_groups = w.weight.reshape(groups, k // groups, n).astype(x.dtype)
-    return jnp.einsum("...gk,gkn,gn->...n", x_groups, w_groups, scales, precision=HIGHEST)
+    products = jnp.einsum("...gk,gkn->...gn", x_groups, w_groups, precision=HIGHEST, preferred_element_type=jnp.float32)
+    return jnp.sum(products * w.scales.astype(jnp.float32), axis=-2).astype(x.dtype)

@@ -48,6 +48,7 @@ TAPS: dict[str, Tap] = {
     "logits": Tap("TV", "logits after their multiplier; position i predicts token i + 1", layered=False),
 }
 
+
 class Observer(Protocol):
     """What watches a function while it is traced."""
 

@@ -154,7 +154,9 @@ class Groups(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def by_expert(fn, tile: int, rows: Float[Array, "M X"], weights: tuple[tuple[Weight, ...], ...], groups: Groups) -> Array:
+def by_expert(
+    fn, tile: int, rows: Float[Array, "M X"], weights: tuple[tuple[Weight, ...], ...], groups: Groups
+) -> Array:
     """fn(rows of expert e, *weights[e]) for every expert, [M, Y]: each runs as many tiles as it has rows for, or none.
 
     The last tile of an expert runs over into the stretch of the next, which overwrites it; so M needs a tile to spare
@@ -257,7 +259,9 @@ class DecoderLayer(Module):
     @hk.name_like("__call__")
     def attend_and_route(self, x, cache: KVCache | None, start) -> tuple[Routed, KVCache | None]:
         x = tap("resid_pre", x)
-        attended, cache = Attention(self.config, "attention")(RMSNorm(self.config, "pre_attention_norm")(x), cache, start)
+        attended, cache = Attention(self.config, "attention")(
+            RMSNorm(self.config, "pre_attention_norm")(x), cache, start
+        )
         delta = RMSNorm(self.config, "post_attention_norm")(tap("attn_out", attended))
         x = tap("resid_mid", x + tap("attn_delta", delta))
         normed = RMSNorm(self.config, "pre_moe_norm")(x)
@@ -308,7 +312,9 @@ layer = _pure(lambda config, *inputs: DecoderLayer(config, "layer")(*inputs))
 def initial_params(config: GrokConfig, key: jax.Array) -> tuple[hk.Params, list[hk.Params]]:
     """Fresh float32 parameters: of the embedding, and of each layer."""
     ends = hk.transform(lambda x: Embedding(config, "embedding").decode(x))
-    one = hk.transform(lambda x: DecoderLayer(config, "layer")(x, None, jnp.zeros(1, jnp.int32), jnp.ones((1, 1), bool)))
+    one = hk.transform(
+        lambda x: DecoderLayer(config, "layer")(x, None, jnp.zeros(1, jnp.int32), jnp.ones((1, 1), bool))
+    )
     key, *layer_keys = jax.random.split(key, config.num_layers + 1)
     x = jnp.zeros((1, 1, config.emb_size))
     init = jax.jit(one.init)

@@ -73,7 +73,9 @@ def cache_length(length: int) -> int:
 class Run:
     """One call of trace or generate. `sequences` may be run once."""
 
-    def __init__(self, config: GrokConfig, weights: Weights, taps: tuple[str, ...], sampling: Sampling, sequences: list[Sequence]):
+    def __init__(
+        self, config: GrokConfig, weights: Weights, taps: tuple[str, ...], sampling: Sampling, sequences: list[Sequence]
+    ):
         self.config, self.weights, self.sampling, self.sequences = config, weights, sampling, sequences
         self.dtype = weights.ends["embedding"]["w"].dtype
         self.layer_taps = tuple(t for t in taps if TAPS[t].layered)
@@ -88,7 +90,9 @@ class Run:
         self.deepest = cache_length(max(len(s.prompt) + s.limit for s in self.sequences))
         self.waiting = deque(self.sequences)
         decoding = [s for s in self.sequences if s.limit]
-        self.seats: list[Sequence | None] = [None] * min(MAX_SLOTS, 1 << (len(decoding) - 1).bit_length() if decoding else 1)
+        self.seats: list[Sequence | None] = [None] * min(
+            MAX_SLOTS, 1 << (len(decoding) - 1).bit_length() if decoding else 1
+        )
         self.step = 0
         if decoding:
             self._empty_slots()
@@ -169,7 +173,9 @@ class Run:
         for params in self.weights.layers:
             cache = KVCache.zeros(config, 1, cache_length(len(prompt)), self.dtype)
             for i, cut in enumerate(cuts):
-                xs[i], cache, captured = steps.layer(config, self.layer_taps, params, xs[i], cache, starts[i], live[:, cut])
+                xs[i], cache, captured = steps.layer(
+                    config, self.layer_taps, params, xs[i], cache, starts[i], live[:, cut]
+                )
                 captures[i][1].append(captured)
             caches.append(cache)
         first = self._first(sequence, xs[-1], len(prompt) - 1 - begins[-1]) if sequence.limit else None
@@ -178,7 +184,9 @@ class Run:
         for x, cut, (captured, by_layer) in zip(xs, cuts, captures, strict=True):
             logprobs, of_head = steps.score(config, self.head_taps, self.weights.ends, x, following[:, cut])
             sequence._prompt_logprobs.append(_sent(logprobs))
-            sequence._prompt_captures.append(_sent(captured | (steps.stacked(by_layer) if self.layer_taps else {}) | of_head))
+            sequence._prompt_captures.append(
+                _sent(captured | (steps.stacked(by_layer) if self.layer_taps else {}) | of_head)
+            )
         return caches, first
 
     def _first(self, sequence: Sequence, x: jax.Array, last: int) -> DecodeState:
@@ -248,7 +256,12 @@ class Run:
                 if last > first:
                     # Only the chunks that this sequence ran in.
                     begin = first // COLUMNS
-                    decoded = _joined(tap, parts[begin : -(-last // COLUMNS)], total, slice(first - begin * COLUMNS, last - begin * COLUMNS))
+                    decoded = _joined(
+                        tap,
+                        parts[begin : -(-last // COLUMNS)],
+                        total,
+                        slice(first - begin * COLUMNS, last - begin * COLUMNS),
+                    )
                     prompt_part = np.concatenate([prompt_part, decoded], axis=_axis(tap, "T"))
                 sequence.captures[tap] = prompt_part
 

@@ -30,7 +30,11 @@ def save(trace: Trace, directory: Path | str) -> Path:
     save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, part)
     fields = {f.name: getattr(trace, f.name) for f in dataclasses.fields(trace) if f.name not in (*ARRAYS, "taps")}
     digest = hashlib.sha256(part.read_bytes()).hexdigest()
-    manifest = {"format": FORMAT, "parts": [{"file": part.name, "bytes": part.stat().st_size, "sha256": digest}], **fields}
+    manifest = {
+        "format": FORMAT,
+        "parts": [{"file": part.name, "bytes": part.stat().st_size, "sha256": digest}],
+        **fields,
+    }
     partial = directory / "manifest.json.partial"
     partial.write_text(json.dumps(manifest, indent=1))
     os.replace(partial, directory / "manifest.json")

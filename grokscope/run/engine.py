@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 import grokscope
+from grokscope import look
 from grokscope.checkpoint import weights as weights_module
 from grokscope.checkpoint.ckpt0 import Checkpoint, open_checkpoint
 from grokscope.config import GrokConfig
@@ -100,7 +101,9 @@ def load(
     model = checkpoint.tokenizer if tokenizer is None else Path(tokenizer)
     tokens = None if model is None else Tokenizer(model)
     if tokens is not None and tokens.vocab_size > checkpoint.config.vocab_size:
-        raise ValueError(f"{model} has {tokens.vocab_size} pieces, the model's vocabulary {checkpoint.config.vocab_size}")
+        raise ValueError(
+            f"{model} has {tokens.vocab_size} pieces, the model's vocabulary {checkpoint.config.vocab_size}"
+        )
     loaded = weights_module.load(checkpoint, jax.numpy.dtype(numerics), weights, progress)
     return Grok(checkpoint, loaded, tokens, numerics)
 
@@ -114,7 +117,9 @@ class Grok:
       numerics: "float32" or "bfloat16".
     """
 
-    def __init__(self, checkpoint: Checkpoint, weights: weights_module.Weights, tokenizer: Tokenizer | None, numerics: str):
+    def __init__(
+        self, checkpoint: Checkpoint, weights: weights_module.Weights, tokenizer: Tokenizer | None, numerics: str
+    ):
         self.config: GrokConfig = checkpoint.config
         self.tokenizer = tokenizer
         self.numerics = numerics
@@ -163,7 +168,9 @@ class Grok:
           KeyError: an unknown tap. RuntimeError: closed, or generating in another thread.
         """
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected a whole number from 1 (trace runs without new tokens)")
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens!r}: expected a whole number from 1 (trace runs without new tokens)"
+            )
         sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(s, str) and s for s in stops):
@@ -184,7 +191,9 @@ class Grok:
         if self.tokenizer is None:
             return Loss(nats / len(logprobs), math.nan, len(logprobs), 0)
         num_bytes = sum(len(self.tokenizer.bytes[i]) for t in traces for i in t.tokens[1:])
-        return Loss(nats / len(logprobs), nats / math.log(2) / num_bytes if num_bytes else math.nan, len(logprobs), num_bytes)
+        return Loss(
+            nats / len(logprobs), nats / math.log(2) / num_bytes if num_bytes else math.nan, len(logprobs), num_bytes
+        )
 
     def close(self) -> None:
         """Frees the memory of the weights; the object cannot run afterwards."""
@@ -200,11 +209,11 @@ class Grok:
 
     def __repr__(self) -> str:
         c = self.config
-        size = f"{_count(c.num_parameters)} parameters, {_count(c.num_active_parameters)} active"
+        size = f"{look.si(c.num_parameters)} parameters, {look.si(c.num_active_parameters)} active"
         shape = f"{c.num_layers} layers, D {c.emb_size}, {c.num_q_heads}/{c.num_kv_heads} heads, {c.num_experts} experts top {c.num_selected_experts}"
         if self._weights is None:
             return f"Grok({self._checkpoint.directory.name}, closed)"
-        placed = f"{self._weights.form} weights {_bytes(self._weights.nbytes)} on {jax.default_backend()}"
+        placed = f"{self._weights.form} weights {look.si(self._weights.nbytes, 'B')} on {jax.default_backend()}"
         return f"Grok({self._checkpoint.directory.name}: {size}; {shape}; context {c.sequence_len}; {self.numerics}, {placed})"
 
     # Running
@@ -231,7 +240,9 @@ class Grok:
             raise KeyboardInterrupt
         return traces[0] if single else traces
 
-    def _accept(self, watch: "_Watch", sequence: RunSequence, token: int, logprob: float, *, stop_at_eos, stops, on_token):
+    def _accept(
+        self, watch: "_Watch", sequence: RunSequence, token: int, logprob: float, *, stop_at_eos, stops, on_token
+    ):
         """Reports a token; says why to stop after it."""
         text = watch.read(token)
         if on_token is not None:
@@ -252,7 +263,9 @@ class Grok:
     def _ids(self, prompt: Prompt, index: int, limit: int) -> np.ndarray:
         name = f"prompt {index}"
         if len(prompt) == 0:
-            raise ValueError(f"{name} is empty; give at least one token (for free text the ids [{self.config.bos_token}], BOS)")
+            raise ValueError(
+                f"{name} is empty; give at least one token (for free text the ids [{self.config.bos_token}], BOS)"
+            )
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError(
@@ -263,13 +276,18 @@ class Grok:
         else:
             ids = np.asarray(prompt)
             if ids.ndim != 1 or ids.dtype.kind not in "iu":
-                raise TypeError(f"{name} is neither a text nor a sequence of whole numbers: {ids.dtype} of shape {ids.shape}")
+                raise TypeError(
+                    f"{name} is neither a text nor a sequence of whole numbers: {ids.dtype} of shape {ids.shape}"
+                )
             outside = ids[(ids < 0) | (ids >= self.config.vocab_size)]
             if len(outside):
-                raise ValueError(f"{name} holds id {outside[0]}; the vocabulary has ids 0 to {self.config.vocab_size - 1}")
+                raise ValueError(
+                    f"{name} holds id {outside[0]}; the vocabulary has ids 0 to {self.config.vocab_size - 1}"
+                )
         if len(ids) + limit > self.config.sequence_len:
             raise ValueError(
-                f"{name} has {len(ids)} tokens" + (f" and max_new_tokens={limit}, {len(ids) + limit} in all" if limit else "")
+                f"{name} has {len(ids)} tokens"
+                + (f" and max_new_tokens={limit}, {len(ids) + limit} in all" if limit else "")
                 + f"; the context holds {self.config.sequence_len}. Shorten the prompt or make fewer tokens"
             )
         return ids.astype(np.int32)
@@ -338,11 +356,3 @@ class _Watch:
 def versions() -> dict[str, str]:
     packages = ("grokscope", "jax", "jaxlib", "dm-haiku", "numpy")
     return {name: importlib.metadata.version(name) for name in packages}
-
-
-def _count(n: int) -> str:
-    return next(f"{n / size:.3g} {unit}" for size, unit in ((1e9, "G"), (1e6, "M"), (1, "")) if n >= size)
-
-
-def _bytes(n: int) -> str:
-    return next(f"{n / size:.3g} {unit}" for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if n >= size)

@@ -44,8 +44,16 @@ class Sampling:
         return cls(
             spread("temperature", temperature, np.float32, lambda t: (t >= 0) & np.isfinite(t), "a number from 0"),
             spread("top_p", top_p, np.float32, lambda p: (p > 0) & (p <= 1), "a number above 0, up to 1"),
-            np.minimum(spread("top_k", top_k, np.int64, lambda k: (k >= 1) & (k % 1 == 0), "a whole number from 1"), vocab_size).astype(np.int32),
-            spread("seed", seed, np.uint32, lambda s: (s >= 0) & (s < 2**32) & (s % 1 == 0), "a whole number from 0, below 2**32"),
+            np.minimum(
+                spread("top_k", top_k, np.int64, lambda k: (k >= 1) & (k % 1 == 0), "a whole number from 1"), vocab_size
+            ).astype(np.int32),
+            spread(
+                "seed",
+                seed,
+                np.uint32,
+                lambda s: (s >= 0) & (s < 2**32) & (s % 1 == 0),
+                "a whole number from 0, below 2**32",
+            ),
         )
 
     def method(self, vocab_size: int) -> Method:
@@ -56,7 +64,9 @@ class Sampling:
         return "filtered" if filtered else "gumbel"
 
 
-def choose(method: Method, logits: Float[Array, "B V"], positions: Int[Array, " B"], sampling: Sampling) -> Int[Array, " B"]:
+def choose(
+    method: Method, logits: Float[Array, "B V"], positions: Int[Array, " B"], sampling: Sampling
+) -> Int[Array, " B"]:
     """The token of each row, to stand at `positions`."""
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if method == "greedy":

@@ -91,7 +91,15 @@ def decode_embed(config: GrokConfig, taps: tuple[str, ...], params, state: Decod
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(7,))
 def readout(
-    config: GrokConfig, taps: tuple[str, ...], method: Method, params, x, state: DecodeState, sampling: Sampling, buffers, column
+    config: GrokConfig,
+    taps: tuple[str, ...],
+    method: Method,
+    params,
+    x,
+    state: DecodeState,
+    sampling: Sampling,
+    buffers,
+    column,
 ):
     """Draws the token after each row's position from the stream [B, 1, D]: next state, and buffers."""
     logits, captured = with_hooks(transformer.unembed, taps)(config, params, x)

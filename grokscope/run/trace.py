@@ -73,7 +73,9 @@ class Trace:
         name, *layer = key if isinstance(key, tuple) else (key,)
         if name not in self.taps:
             near = difflib.get_close_matches(str(name), self.taps) or list(self.taps)
-            raise KeyError(f"tap {name!r} was not captured; captured are {', '.join(near) or 'none'}: ask with capture=")
+            raise KeyError(
+                f"tap {name!r} was not captured; captured are {', '.join(near) or 'none'}: ask with capture="
+            )
         value = self.taps[name]
         if layer:
             kept = self.layers.get(name)

@@ -1,0 +1,182 @@
+"""The command line: generate, demo, verify, train. Errors are one line; `--debug` shows where they come from."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import grokscope as gs
+from grokscope import look
+
+DEMO_PROMPT = "The old keeper of the lighthouse wrote a letter to his brother every morning, but"
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None)
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
+    """Look inside Grok-1 while it generates."""
+
+
+def main() -> None:
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, TypeError, KeyError, OSError, RuntimeError) as err:
+        if "--debug" in sys.argv:
+            raise
+        print(f"grokscope: {err.args[0] if isinstance(err, KeyError) else err}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _bar(unit: str, smallest: int):
+    """A progress bar on the terminal, for iterables of at least `smallest` items."""
+    from tqdm import tqdm
+
+    return lambda items: tqdm(items, unit=unit, disable=len(items) < smallest, leave=False)
+
+
+Checkpoint = Annotated[Path | None, typer.Option(help="Folder of a checkpoint; the bundled grok-1-mini if not given.")]
+
+
+@app.command(
+    epilog='Examples:  grokscope generate "Once upon a time" --temperature 0.7 --seed 3   |   '
+    'grokscope generate "def add(" --max-new-tokens 32 --save runs/add'
+)
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
+    checkpoint: Checkpoint = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to make at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the most probable tokens up to this mass.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep this many most probable tokens.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the text; may be given again.")] = None,
+    numerics: Annotated[str | None, typer.Option(help="float32 or bfloat16; by device if not given.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write text, routing and log-probabilities as a dump.")] = None,
+) -> None:
+    """Continue a text, and print it as it appears."""
+    grok = gs.load(checkpoint, numerics=numerics, progress=_bar(" tensors", 500))
+    print(grok, file=sys.stderr)
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    print(prompt, end="", flush=True)
+    trace = grok.generate(
+        prompt, max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or (),
+        on_token=lambda event: print(event.text, end="", flush=True),
+    )  # fmt: skip
+    print()
+    if save is not None:
+        print(f"saved to {trace.save(save)}", file=sys.stderr)
+
+
+@app.command(epilog="Example:  grokscope demo --out out/demo")
+def demo(
+    out: Annotated[
+        Path, typer.Option(help="Folder for pictures and dump; those of an earlier demo are replaced.")
+    ] = Path("out/demo"),
+    checkpoint: Checkpoint = None,
+) -> None:
+    """The whole line: prompt, text, routing table, pictures, and a dump that opens again."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    grok = gs.load(checkpoint, progress=_bar(" tensors", 500))
+    print(grok)
+    print(f"\n{DEMO_PROMPT}", end="", flush=True)
+    trace = grok.generate(
+        DEMO_PROMPT, max_new_tokens=96, temperature=0.7, top_k=40, seed=0,
+        on_token=lambda event: print(event.text, end="", flush=True),
+    )  # fmt: skip
+    print("\n")
+    print(routing_table(trace))
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("routing", "expert_load"):
+        getattr(gs.plot, name)(trace).figure.savefig(out / f"{name}.png")
+    if (out / "trace" / "manifest.json").exists():
+        shutil.rmtree(out / "trace")
+    trace.save(out / "trace")
+    again = gs.open(out / "trace")
+    assert all((again[tap] == trace[tap]).all() for tap in trace.taps)
+    print(
+        f"\n{out}/routing.png, {out}/expert_load.png: pictures of the table above, token by token and layer by layer."
+    )
+    print(f'{out}/trace: a dump; import grokscope as gs; gs.open("{out}/trace").to_pandas("router") reads it back.')
+
+
+def routing_table(trace: gs.Trace) -> str:
+    """Per layer: each expert's share of the choices of generated tokens, routing entropy and margin, as text."""
+    frame = trace.to_pandas("router")
+    frame = frame[frame.phase == "decode"]
+    num_experts = trace.meta["config"]["num_experts"]
+    share = frame.groupby("layer")["expert"].value_counts(normalize=True).unstack(fill_value=0)
+    share = share.reindex(columns=range(num_experts), fill_value=0)
+    first, second = (frame[frame["rank"] == rank].groupby("layer")["prob"].mean() for rank in (0, 1))
+    lines = [
+        f"Routing of the {frame.position.nunique()} generated tokens: share of choices per expert (even is {100 / num_experts:.1f} %)",
+        "layer " + "".join(f"{f'e{e}':>6}" for e in range(num_experts)) + "   mean prob of 1st, 2nd",
+    ]
+    for layer, row in share.iterrows():
+        cells = "".join(f"{100 * value:5.0f}%" for value in row)
+        lines.append(f"{layer:5} {cells}   {first[layer]:.2f}, {second[layer]:.2f}")
+    return "\n".join(lines)
+
+
+@app.command(epilog="Example:  grokscope verify checkpoints/grok-1")
+def verify(directory: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")]) -> None:
+    """Check every file of a checkpoint. Exit code 0: as it should be; 1: it is not, and the lines say what."""
+    report = gs.verify(directory, progress=_bar(" files", 200))
+    for problem in report.problems:
+        print(problem)
+    for note in report.notes:
+        print(note)
+    size = look.si(report.num_bytes, "B")
+    print(
+        f"{directory}: {report.num_files} files, {size}: " + ("ok" if report.ok else f"{len(report.problems)} problems")
+    )
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command(
+    epilog="Examples:  grokscope train --data pack --out runs/mini --config mini.json --tokenizer mini.model --steps 4000   |   "
+    "grokscope train --data pack --out runs/more --start checkpoints/grok-1-mini --steps 2000.  "
+    "Killed, the same command goes on where it was. Data: meta.json, {train,valid}.DOMAIN.u16[.xz] (grokscope/train.py)."
+)
+def train(
+    data: Annotated[Path, typer.Option(help="Folder of token ids.")],
+    out: Annotated[Path, typer.Option(help="Folder for state, log and the finished checkpoint.")],
+    steps: Annotated[int, typer.Option(help="Updates in all.")],
+    config: Annotated[Path | None, typer.Option(help="config.json of a model to start from scratch.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model to put beside the result.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences per update.")] = 16,
+    sequence_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
+    decay: Annotated[float, typer.Option(help="Last part of the steps, over which it falls to zero.")] = 0.4,
+    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+) -> None:
+    """Train from scratch or from a checkpoint; writes the released format, int8, to OUT/checkpoint."""
+    from tqdm import tqdm
+
+    from grokscope import train as training
+    from grokscope.checkpoint.ckpt0 import open_checkpoint
+
+    if (config is None) == (start is None):
+        raise ValueError("give either --config (from scratch) or --start (a checkpoint), not both")
+    recipe = training.Recipe(
+        steps=steps, batch=batch, sequence_len=sequence_len, learning_rate=learning_rate, decay=decay, seed=seed
+    )
+    begin = gs.GrokConfig.read(config) if config is not None else open_checkpoint(start)
+    done = training.train(
+        data, out, recipe, start=begin, tokenizer=tokenizer,
+        report=lambda row: tqdm.write("  ".join(f"{k} {v}" for k, v in row.items())),
+        progress=lambda todo: tqdm(todo, initial=todo.start, total=todo.stop, unit=" steps"),
+    )  # fmt: skip
+    found = training.evaluate_checkpoint(done, data)
+    print(
+        "held out: "
+        + ", ".join(f"{d} {v['nats']:.3f} nats, {v['bits_per_byte']:.3f} bits/byte" for d, v in found.items())
+    )
+    print(f"written to {done}")

@@ -1,0 +1,1 @@
+"""For people: plots, widgets, clusters."""
