@@ -1,0 +1,77 @@
+"""Fixtures: the bundled model, golden cases, random checkpoints of any shape, and what lies in ../shared."""
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import grokscope as gs
+from grokscope.checkpoint import ckpt0
+from grokscope.model.quant import quantize
+
+HERE = Path(__file__).parent
+SHARED = HERE.parent.parent / "shared"
+
+
+def shared(path: str) -> Path:
+    """A file of ../shared; skips where there is none."""
+    if not (SHARED / path).exists():
+        pytest.skip(f"../shared/{path} is not on this machine")
+    return SHARED / path
+
+
+@pytest.fixture(scope="session")
+def grok():
+    return gs.load()
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Directory of a golden case by name."""
+
+    def find(case: str) -> Path:
+        own = HERE / "golden" / case
+        return own if own.exists() else shared(f"golden/{case}")
+
+    return find
+
+
+def small_config(**changes) -> gs.GrokConfig:
+    sizes = {
+        "vocab_size": 97,
+        "sequence_len": 256,
+        "emb_size": 48,
+        "key_size": 16,
+        "num_q_heads": 4,
+        "num_kv_heads": 2,
+        "num_layers": 3,
+        "widening_factor": 1.7,
+        "embedding_multiplier_scale": 6.9,
+        "output_multiplier_scale": 0.57735,
+        "attn_output_multiplier": 0.25,
+    }
+    return gs.GrokConfig(**sizes | changes)
+
+
+def write_random(directory: Path, config: gs.GrokConfig, seed: int = 0, groups: int | None = None) -> Path:
+    """A random checkpoint in the released format; `groups` overrides the scale groups of every quantised matrix."""
+    rng = np.random.default_rng(seed)
+
+    def weight(slot):
+        shape = slot.param.shape(config)
+        if slot.param.init in ("one", "post_norm"):
+            return rng.uniform(0.5, 1.5, shape)
+        value = rng.standard_normal(shape) / np.sqrt(shape[-2 if slot.param.name != "w" or slot.layer is not None else -1])
+        return quantize(value, groups) if groups and slot.param.groups else value
+
+    return ckpt0.write(directory, config, weight)
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory):
+    return write_random(tmp_path_factory.mktemp("random") / "checkpoint", small_config())
