@@ -67,6 +67,7 @@ def generate(
         prompt, max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or (),
         on_token=lambda event: print(event.text, end="", flush=True),
     )  # fmt: skip
+    assert isinstance(trace, gs.Trace)
     print()
     if save is not None:
         print(f"saved to {trace.save(save)}", file=sys.stderr)
@@ -90,6 +91,7 @@ def demo(
         DEMO_PROMPT, max_new_tokens=96, temperature=0.7, top_k=40, seed=0,
         on_token=lambda event: print(event.text, end="", flush=True),
     )  # fmt: skip
+    assert isinstance(trace, gs.Trace)
     print("\n")
     print(routing_table(trace))
     out.mkdir(parents=True, exist_ok=True)
@@ -109,13 +111,14 @@ def demo(
 def routing_table(trace: gs.Trace) -> str:
     """Per layer: each expert's share of the choices of generated tokens, routing entropy and margin, as text."""
     frame = trace.to_pandas("router")
-    frame = frame[frame.phase == "decode"]
+    frame = frame.query("phase == 'decode'")
     num_experts = trace.meta["config"]["num_experts"]
     share = frame.groupby("layer")["expert"].value_counts(normalize=True).unstack(fill_value=0)
     share = share.reindex(columns=range(num_experts), fill_value=0)
-    first, second = (frame[frame["rank"] == rank].groupby("layer")["prob"].mean() for rank in (0, 1))
+    first, second = (frame.query("rank == @rank").groupby("layer")["prob"].mean() for rank in (0, 1))
+    even = f"{100 / num_experts:.1f} %"
     lines = [
-        f"Routing of the {frame.position.nunique()} generated tokens: share of choices per expert (even is {100 / num_experts:.1f} %)",
+        f"Routing of the {frame.position.nunique()} generated tokens: share of choices per expert (even is {even})",
         "layer " + "".join(f"{f'e{e}':>6}" for e in range(num_experts)) + "   mean prob of 1st, 2nd",
     ]
     for layer, row in share.iterrows():
@@ -140,9 +143,10 @@ def verify(directory: Annotated[Path, typer.Argument(help="Folder of a checkpoin
 
 
 @app.command(
-    epilog="Examples:  grokscope train --data pack --out runs/mini --config mini.json --tokenizer mini.model --steps 4000   |   "
-    "grokscope train --data pack --out runs/more --start checkpoints/grok-1-mini --steps 2000.  "
-    "Killed, the same command goes on where it was. Data: meta.json, {train,valid}.DOMAIN.u16[.xz] (grokscope/train.py)."
+    epilog="Examples:  grokscope train --data pack --out runs/mini --config mini.json --tokenizer mini.model "
+    "--steps 4000   |   grokscope train --data pack --out runs/more --start checkpoints/grok-1-mini --steps 2000.  "
+    "Killed, the same command goes on where it was. "
+    "Data: meta.json, {train,valid}.DOMAIN.u16[.xz] (grokscope/train.py)."
 )
 def train(
     data: Annotated[Path, typer.Option(help="Folder of token ids.")],

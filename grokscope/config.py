@@ -43,8 +43,8 @@ class GrokConfig:
             if not wanted:
                 kind = {bool: "true or false", int: "a whole number from 0", float: "a positive number"}[field.type]
                 raise ValueError(f"{field.name}={value!r}: expected {kind}")
-        sizes = "vocab_size sequence_len emb_size key_size num_q_heads num_kv_heads num_layers num_experts num_selected_experts"
-        for name in sizes.split():
+        tokens = ("pad_token", "bos_token", "eos_token")
+        for name in (f.name for f in dataclasses.fields(self) if f.type is int and f.name not in tokens):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}=0: expected at least 1")
         if self.num_q_heads % self.num_kv_heads:
@@ -53,7 +53,7 @@ class GrokConfig:
             raise ValueError(f"num_selected_experts={self.num_selected_experts} exceeds num_experts={self.num_experts}")
         if self.key_size % 2:
             raise ValueError(f"key_size={self.key_size} is odd; rotary embedding turns pairs of channels")
-        for name in ("pad_token", "bos_token", "eos_token"):
+        for name in tokens:
             if getattr(self, name) >= self.vocab_size:
                 raise ValueError(f"{name}={getattr(self, name)} lies outside the vocabulary of {self.vocab_size}")
 

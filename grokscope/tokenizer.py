@@ -23,14 +23,20 @@ class Tokenizer:
       bytes: each id's UTF-8 text; empty for control tokens.
     """
 
-    def __init__(self, path: Path | str):
-        """Raises ValueError if the file is not a SentencePiece model."""
+    def __init__(self, path: Path | str, num_ids: int | None = None):
+        """`num_ids`: ids of the model, where it has more than the tokenizer; those in excess read `<8200>`.
+
+        Raises ValueError if the file is not a SentencePiece model, or has more pieces than `num_ids`.
+        """
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromFile(str(path))
         except (RuntimeError, OSError) as err:
             raise ValueError(f"{path} is not a SentencePiece model: {err}") from err
         self.vocab_size: int = self._model.GetPieceSize()
+        self._num_ids = self.vocab_size if num_ids is None else num_ids
+        if self.vocab_size > self._num_ids:
+            raise ValueError(f"{path} has {self.vocab_size} pieces, more than the {num_ids} ids of the model")
         self._adds_space = self._model.EncodeAsPieces("a")[0] != "a"
 
     def encode(self, text: str) -> list[int]:
@@ -58,7 +64,8 @@ class Tokenizer:
 
     @functools.cached_property
     def pieces(self) -> list[str]:
-        return [self._model.IdToPiece(i).replace(SPACE, " ") for i in range(self.vocab_size)]
+        own = [self._model.IdToPiece(i).replace(SPACE, " ") for i in range(self.vocab_size)]
+        return own + [f"<{i}>" for i in range(self.vocab_size, self._num_ids)]
 
     @functools.cached_property
     def bytes(self) -> list[bytes]:
@@ -73,4 +80,4 @@ class Tokenizer:
                 return model.DecodeIds([i]).encode()
             return model.IdToPiece(i).replace(SPACE, " ").encode()
 
-        return [of(i) for i in range(self.vocab_size)]
+        return [of(i) for i in range(self.vocab_size)] + [p.encode() for p in self.pieces[self.vocab_size :]]

@@ -35,7 +35,7 @@ EMBEDDING = ("embedding", "w")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to train. Learning rate: linear warm-up, constant, linear decay to zero over the last `decay` of the steps."""
+    """How to train. Learning rate: linear warm-up, constant, linear decay to zero over the last part, `decay`."""
 
     steps: int
     batch: int = 16
@@ -104,8 +104,8 @@ def _read_ids(path: Path) -> np.ndarray:
 
 
 def losses(config: GrokConfig, params: dict, tokens: jax.Array, dtype) -> dict[str, jax.Array]:
-    """Of a batch [B, T + 1]: "nats" [B, T] per predicted token, "load_balance" (E * sum of share * probability, 1 when
-    even), "router_z" (mean squared log-sum-exp of router logits) and "share" [L, E], each expert's part of the slots."""
+    """Of a batch [B, T + 1]: "nats" [B, T] per predicted token, "load_balance" (E * sum of share * probability, 1
+    when even), "router_z" (mean squared log-sum-exp of router logits), "share" [L, E] (each expert's part)."""
     params = _cast(params, dtype)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     start, live = jnp.zeros(len(tokens), jnp.int32), jnp.ones(inputs.shape, bool)
@@ -219,7 +219,7 @@ def evaluate_checkpoint(directory: Path, data: Path | str, windows: int = 48) ->
 
 
 def export(directory: Path, config: GrokConfig, params: dict, tokenizer: Path | None) -> Path:
-    """Writes parameters in the released format; the embedding is rounded to bfloat16 values, as int8 costs it nothing."""
+    """Writes parameters in the released format; the embedding is rounded to bfloat16 values."""
     host = jax.tree.map(np.asarray, params)
 
     def weight(slot: ckpt0.Slot) -> np.ndarray:
@@ -235,7 +235,7 @@ def export(directory: Path, config: GrokConfig, params: dict, tokenizer: Path | 
 
 def save_state(path: Path, step: int, state: dict) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    arrays = {jax.tree_util.keystr(p): np.ascontiguousarray(leaf) for p, leaf in leaves}
+    arrays = {jax.tree_util.keystr(p): np.asarray(leaf) for p, leaf in leaves}
     partial = path.with_name(path.name + ".partial")
     save_file({**arrays, "step": np.array(step)}, partial)
     os.replace(partial, path)
@@ -265,7 +265,7 @@ def train(
     tokenizer: Path | None = None,
     save_every: int = 500,
     report: Callable[[dict], None] = lambda row: None,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    progress: Callable[[range], Iterable[int]] = iter,
 ) -> Path:
     """Trains and writes `out/checkpoint`; `out/state.safetensors` lets the same call resume exactly.
 

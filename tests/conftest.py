@@ -66,7 +66,8 @@ def write_random(directory: Path, config: gs.GrokConfig, seed: int = 0, groups: 
         shape = slot.param.shape(config)
         if slot.param.init in ("one", "post_norm"):
             return rng.uniform(0.5, 1.5, shape)
-        value = rng.standard_normal(shape) / np.sqrt(shape[-2 if slot.param.name != "w" or slot.layer is not None else -1])
+        fan_in = shape[-1] if slot.param.init == "embed" else shape[-2]
+        value = rng.standard_normal(shape) / np.sqrt(fan_in)
         return quantize(value, groups) if groups and slot.param.groups else value
 
     return ckpt0.write(directory, config, weight)

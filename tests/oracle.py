@@ -37,7 +37,7 @@ def read_checkpoint(directory):
     directory = Path(directory)
     config = types.SimpleNamespace(**json.loads((directory / "config.json").read_text()))
     names = ["embedding", "final_norm"]
-    per_layer = "gate down up key out query value norm_0 norm_1 norm_2 norm_3 router".split()
+    per_layer = ["gate", "down", "up", "key", "out", "query", "value", "norm_0", "norm_1", "norm_2", "norm_3", "router"]
     for layer in sorted(range(config.num_layers), key=str):
         names += [f"{layer}/{name}" for name in per_layer]
     files = sorted((directory / "ckpt-0").iterdir())
@@ -99,7 +99,9 @@ def experts(taps, config, w, x):
     hidden = taps["expert_hidden"] = np.stack(
         [[gelu(x[t] @ w["gate"][e]) * (x[t] @ w["up"][e]) for e in index[t]] for t in range(len(x))]
     )
-    out = taps["expert_out"] = np.stack([[hidden[t, i] @ w["down"][e] for i, e in enumerate(index[t])] for t in range(len(x))])
+    out = taps["expert_out"] = np.stack(
+        [[hidden[t, i] @ w["down"][e] for i, e in enumerate(index[t])] for t in range(len(x))]
+    )
     return (gates[..., None] * out).sum(axis=1)
 
 

@@ -221,7 +221,8 @@ def verify(directory: Path | str, progress: Callable[[Iterable], Iterable] = ite
         report.notes.append(f"{SUMS} compared: every listed file is as it was written, swapped files included.")
     else:
         report.notes.append(
-            f"No {SUMS}: a swap of files of equal shape (key and value, two norms, two layers) cannot be seen in this format."
+            f"No {SUMS}: a swap of files of equal shape (key and value, two norms, two layers) "
+            "cannot be seen in this format."
         )
     if checkpoint.config == GROK_1:
         report.notes += _known_figures(checkpoint, report)

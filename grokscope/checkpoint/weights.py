@@ -6,9 +6,8 @@ Expansion is numpy's work, expert by expert, so that no more than one tensor is 
 import dataclasses
 import os
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
-import haiku as hk
 import jax
 import numpy as np
 
@@ -19,6 +18,7 @@ from grokscope.model.quant import QuantizedWeight, Weight, dequantize
 from grokscope.model.transformer import ExpertList
 
 Form = Literal["expanded", "int8"]
+Params = dict[str, dict[str, Any]]  # {Haiku module: {name: weight}}
 
 
 @dataclasses.dataclass
@@ -31,8 +31,8 @@ class Weights:
       form: whether matrices were expanded to the compute type or are int8 with scales.
     """
 
-    ends: hk.Params
-    layers: list[hk.Params]
+    ends: Params
+    layers: list[Params]
     form: Form
 
     @property
@@ -60,7 +60,7 @@ def load(
 ) -> Weights:
     """Reads a checkpoint onto the default device. Norms and router stay float32, the embedding becomes `dtype`."""
     form = form or default_form(checkpoint.config, dtype)
-    layers = [{} for _ in range(checkpoint.config.num_layers)]
+    layers: list[Params] = [{} for _ in range(checkpoint.config.num_layers)]
     weights = Weights({}, layers, form)
     for slot in progress(slots(checkpoint.config)):
         params = weights.ends if slot.layer is None else layers[slot.layer]

@@ -11,7 +11,7 @@ experts have to run; it saves work and changes no live value.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
@@ -71,7 +71,8 @@ class Module(hk.Module):
         super().__init__(name=name)
         self.config = config
 
-    def weight(self, name: str) -> Weight:
+    def weight(self, name: str) -> Any:
+        """An array, a QuantizedWeight or an ExpertList, as it was placed."""
         (param,) = (p for p in PARAMS if (p.module, p.name) == (self.module_name, name))
         return hk.get_parameter(name, param.shape(self.config), init=initializer(param, self.config))
 

@@ -9,7 +9,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import font_manager
-from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.patches import Patch
 
 from grokscope import look
@@ -111,7 +111,7 @@ def expert_load(trace: Trace, ax: "Axes | None" = None) -> "Axes":
             if num_layers <= 16:
                 for layer, expert in np.ndindex(share.shape):
                     value = share[layer, expert]
-                    color = look.ink_on(matplotlib.colors.to_hex(DIVERGING(value * num_experts / 2)))
+                    color = look.ink_on(to_hex(DIVERGING(value * num_experts / 2)))
                     ax.text(
                         left + expert, layer, f"{100 * value:.0f}", ha="center", va="center", fontsize=6.5, color=color
                     )

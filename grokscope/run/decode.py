@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from grokscope.checkpoint.weights import Weights

@@ -7,12 +7,10 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-import grokscope
 from grokscope import look
 from grokscope.checkpoint import weights as weights_module
 from grokscope.checkpoint.ckpt0 import Checkpoint, open_checkpoint
@@ -62,7 +60,7 @@ class Loss:
 
 def bundled_checkpoint() -> Path:
     """Where grok-1-mini lies: inside an installed package, or in `checkpoints/` of a clone."""
-    package = Path(grokscope.__file__).parent
+    package = Path(__file__).parents[1]
     places = [package / "checkpoints" / BUNDLED, package.parent / "checkpoints" / BUNDLED]
     for place in places:
         if place.exists():
@@ -99,11 +97,7 @@ def load(
     if weights not in (None, "expanded", "int8"):
         raise ValueError(f'weights={weights!r}; expected "expanded", "int8" or None')
     model = checkpoint.tokenizer if tokenizer is None else Path(tokenizer)
-    tokens = None if model is None else Tokenizer(model)
-    if tokens is not None and tokens.vocab_size > checkpoint.config.vocab_size:
-        raise ValueError(
-            f"{model} has {tokens.vocab_size} pieces, the model's vocabulary {checkpoint.config.vocab_size}"
-        )
+    tokens = None if model is None else Tokenizer(model, checkpoint.config.vocab_size)
     loaded = weights_module.load(checkpoint, jax.numpy.dtype(numerics), weights, progress)
     return Grok(checkpoint, loaded, tokens, numerics)
 
@@ -125,6 +119,7 @@ class Grok:
         self.numerics = numerics
         self._checkpoint = checkpoint
         self._weights: weights_module.Weights | None = weights
+        self._form = weights.form
         self._busy = threading.Lock()
 
     def trace(self, x: Prompts, capture: str | Iterable[str] | None = None) -> Trace | list[Trace]:
@@ -151,7 +146,7 @@ class Grok:
         """Continues a text, ids, or a list of either: one Trace each, equal to running each alone.
 
         Args:
-          x: prompts. A text gets BOS in front where the model was trained so (config.prompt_bos); ids are never changed.
+          x: prompts. A text gets BOS in front if config.prompt_bos says so; ids are never changed.
           max_new_tokens: tokens to make at most. Prompt and these must fit the context.
           temperature: 0 is exact greedy.
           top_p, top_k: keep the most probable tokens up to this mass, or this number of them.
@@ -168,9 +163,7 @@ class Grok:
           KeyError: an unknown tap. RuntimeError: closed, or generating in another thread.
         """
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
-            raise ValueError(
-                f"max_new_tokens={max_new_tokens!r}: expected a whole number from 1 (trace runs without new tokens)"
-            )
+            raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected a whole number from 1")
         sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(s, str) and s for s in stops):
@@ -210,11 +203,15 @@ class Grok:
     def __repr__(self) -> str:
         c = self.config
         size = f"{look.si(c.num_parameters)} parameters, {look.si(c.num_active_parameters)} active"
-        shape = f"{c.num_layers} layers, D {c.emb_size}, {c.num_q_heads}/{c.num_kv_heads} heads, {c.num_experts} experts top {c.num_selected_experts}"
+        shape = f"{c.num_layers} layers, D {c.emb_size}, {c.num_q_heads}/{c.num_kv_heads} heads"
+        experts = f"{c.num_experts} experts top {c.num_selected_experts}"
+        name = self._checkpoint.directory.name
         if self._weights is None:
-            return f"Grok({self._checkpoint.directory.name}, closed)"
-        placed = f"{self._weights.form} weights {look.si(self._weights.nbytes, 'B')} on {jax.default_backend()}"
-        return f"Grok({self._checkpoint.directory.name}: {size}; {shape}; context {c.sequence_len}; {self.numerics}, {placed})"
+            return f"Grok({name}, closed)"
+        placed = (
+            f"{self.numerics}, {self._form} weights {look.si(self._weights.nbytes, 'B')} on {jax.default_backend()}"
+        )
+        return f"Grok({name}: {size}; {shape}, {experts}; context {c.sequence_len}; {placed})"
 
     # Running
 
@@ -257,7 +254,7 @@ class Grok:
             raise TypeError("got a Trace; give its ids, trace.tokens, or its text, trace.text")
         if not isinstance(x, str | Sequence | np.ndarray):
             raise TypeError(f"a prompt is a text, token ids, or a list of either; got {type(x).__name__}")
-        single = isinstance(x, str) or len(x) == 0 or np.ndim(x[0]) == 0 and not isinstance(x[0], str)
+        single = isinstance(x, str) or len(x) == 0 or (np.ndim(x[0]) == 0 and not isinstance(x[0], str))
         return [self._ids(p, i, limit) for i, p in enumerate([x] if single else x)], single
 
     def _ids(self, prompt: Prompt, index: int, limit: int) -> np.ndarray:
@@ -299,7 +296,7 @@ class Grok:
             pieces = [f"<{i}>" for i in tokens]
             text, continuation = "".join(pieces), "".join(pieces[n:])
         else:
-            pieces = [self.tokenizer.pieces[i] if i < self.tokenizer.vocab_size else f"<{i}>" for i in tokens]
+            pieces = [self.tokenizer.pieces[i] for i in tokens]
             text = self.tokenizer.decode(tokens)
             stream = self.tokenizer.stream(following=True)
             continuation = "".join(stream(i) for i in tokens[n:]) + stream(None)
@@ -307,7 +304,7 @@ class Grok:
             "checkpoint": {"name": self._checkpoint.directory.name, "hash": self._hash},
             "config": dataclasses.asdict(self.config),
             "numerics": self.numerics,
-            "weights": self._weights.form,
+            "weights": self._form,
             "sampling": sampling and {
                 "temperature": float(sampling.temperature[index]),
                 "top_p": float(sampling.top_p[index]),

@@ -149,5 +149,5 @@ class Trace:
 
     def __repr__(self) -> str:
         text = self.text if len(self.text) <= 60 else self.text[:57] + "..."
-        made = len(self) - self.prompt_length
-        return f"Trace({text!r}, {self.prompt_length} + {made} tokens, finish {self.meta['finish']}, taps: {', '.join(self.taps) or 'none'})"
+        counts = f"{self.prompt_length} + {len(self) - self.prompt_length} tokens, finish {self.meta['finish']}"
+        return f"Trace({text!r}, {counts}, taps: {', '.join(self.taps) or 'none'})"

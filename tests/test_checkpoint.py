@@ -1,0 +1,177 @@
+"""The released layout: what is written verifies, and every fault is named with its file."""
+
+import shutil
+
+import numpy as np
+import pytest
+from conftest import small_config, write_random
+
+import grokscope as gs
+from grokscope.checkpoint import ckpt0, tensorfile
+from grokscope.checkpoint.tensorfile import Tensor, TensorFileError
+
+
+@pytest.fixture
+def checkpoint(random_checkpoint, tmp_path):
+    return shutil.copytree(random_checkpoint, tmp_path / "copy")
+
+
+def fault(directory, *words):
+    report = gs.verify(directory)
+    assert not report.ok
+    found = [p for p in report.problems if all(w in p for w in words)]
+    assert found, report.problems
+    return report
+
+
+def swap(directory, a, b):
+    a, b = (directory / "ckpt-0" / f"tensor{i:05d}_000" for i in (a, b))
+    a_bytes = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(a_bytes)
+
+
+def test_layers_lie_in_lexicographic_order():
+    """Indices of grok-1.md: layer 10 begins at 26, layer 2 at 146, layer 63 at 722; 769 is the router of layer 9."""
+    slots = ckpt0.slots(gs.GROK_1)
+    first = {s.layer: s.index for s in reversed(slots)}
+    assert (first[0], first[1], first[10], first[2], first[63]) == (2, 14, 26, 146, 722)
+    assert (len(slots), slots[769].path) == (770, "decoder_layer_9/router/w")
+    total = sum(ckpt0.RELEASED_SIZES[s.param.path] for s in slots)
+    assert total == 318_239_886_140
+
+
+def test_what_is_written_verifies(random_checkpoint):
+    report = gs.verify(random_checkpoint)
+    assert report.ok, report.problems
+    assert report.num_files == len(ckpt0.slots(report.checkpoint.config))
+    assert "SHA256SUMS compared" in report.notes[0]
+
+
+def test_bundled_model_verifies():
+    from grokscope.run.engine import bundled_checkpoint
+
+    assert gs.verify(bundled_checkpoint()).ok
+
+
+def test_missing_truncated_foreign(checkpoint):
+    tensors = checkpoint / "ckpt-0"
+    (tensors / "tensor00003_000").unlink()
+    fault(checkpoint, "tensor00003_000", "missing")
+    whole = (tensors / "tensor00005_000").read_bytes()
+    (tensors / "tensor00005_000").write_bytes(whole[:-100])
+    fault(checkpoint, "tensor00005_000", "decoder_layer_0/multi_head_attention/key/w", "at byte")
+    (tensors / "tensor00006_000").write_bytes(b"<html>not found</html>")
+    fault(checkpoint, "tensor00006_000", "protocol 4")
+    (tensors / "notes.txt").write_text("x")
+    report = fault(checkpoint, "notes.txt", "not a file of this checkpoint")
+    assert len({p.split(" ")[0] for p in report.problems} & {f"tensor0000{i}_000" for i in (3, 5, 6)}) == 3
+
+
+def test_loading_names_the_file_too(checkpoint):
+    path = checkpoint / "ckpt-0" / "tensor00008_000"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(TensorFileError, match="tensor00008_000"):
+        gs.load(checkpoint)
+    path.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"tensor00008_000 \(decoder_layer_0/multi_head_attention/value/w\) is missing"
+    ):
+        gs.load(checkpoint)
+
+
+def test_swaps_of_different_shape_are_seen(checkpoint):
+    swap(checkpoint, 5, 7)  # key and query
+    (checkpoint / "SHA256SUMS").unlink()
+    fault(checkpoint, "tensor00005_000", "multi_head_attention/query/w", "swapped?")
+    with pytest.raises(TensorFileError, match="swapped"):
+        gs.load(checkpoint)
+
+
+def test_swaps_of_equal_shape_need_sums(checkpoint):
+    swap(checkpoint, 5, 8)  # key and value
+    report = fault(checkpoint, "tensor00005_000", "changed or swapped")
+    assert len(report.problems) == 2
+    (checkpoint / "SHA256SUMS").unlink()
+    report = gs.verify(checkpoint)
+    assert report.ok
+    assert "cannot be seen" in report.notes[0]
+
+
+def test_values_that_are_not_finite(checkpoint):
+    config = gs.GrokConfig.read(checkpoint / "config.json")
+    tensorfile.write(checkpoint / "ckpt-0" / "tensor00001_000", Tensor(np.full(config.emb_size, np.nan, np.float32)))
+    fault(checkpoint, "tensor00001_000", "not finite")
+
+
+def test_only_the_770_files_are_grok_1(tmp_path):
+    for slot in ckpt0.slots(gs.GROK_1):
+        (tmp_path / slot.file).write_bytes(b"x")
+    found = ckpt0.open_checkpoint(tmp_path)
+    assert found.config == gs.GROK_1
+    assert len(gs.verify(tmp_path).problems) == 770
+    (tmp_path / "tensor00769_000").unlink()
+    with pytest.raises(FileNotFoundError, match=r"769 tensor files \(Grok-1 has 770\)"):
+        ckpt0.open_checkpoint(tmp_path)
+
+
+def test_folders_that_are_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a directory"):
+        gs.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        gs.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": 5, "layers": 3}')
+    with pytest.raises(ValueError, match=r"unknown keys \['layers'\], missing keys"):
+        gs.load(tmp_path)
+
+
+def test_existing_folders_are_not_written_over(random_checkpoint):
+    with pytest.raises(FileExistsError, match="not empty"):
+        write_random(random_checkpoint, small_config())
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8, 16])
+def test_any_number_of_scale_groups(tmp_path, groups):
+    """Every group count reads as the same weights within the rounding of int8."""
+    directory = write_random(tmp_path / "c", small_config(num_layers=1, widening_factor=1.5), groups=groups)
+    assert gs.verify(directory).ok
+    ids = list(range(3, 30))
+    expanded, kept = (
+        gs.load(directory, weights=w).trace(ids, capture="logits")["logits"] for w in ("expanded", "int8")
+    )
+    np.testing.assert_allclose(expanded, kept, atol=1e-4)
+
+
+def test_hash_sees_a_router_and_a_size(checkpoint):
+    before = ckpt0.open_checkpoint(checkpoint).hash()
+    assert before == ckpt0.open_checkpoint(checkpoint).hash()
+    router = checkpoint / "ckpt-0" / "tensor00013_000"
+    data = bytearray(router.read_bytes())
+    data[-20] ^= 1
+    router.write_bytes(bytes(data))
+    assert before != ckpt0.open_checkpoint(checkpoint).hash()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_q_heads": 5}, "not a multiple"),
+        ({"key_size": 7}, "odd"),
+        ({"num_selected_experts": 9}, "exceeds"),
+        ({"vocab_size": 0}, "at least 1"),
+        ({"emb_size": 4.5}, "whole number"),
+        ({"widening_factor": "8"}, "positive number"),
+        ({"eos_token": 500}, "outside the vocabulary"),
+        ({"prompt_bos": 1}, "true or false"),
+    ],
+)
+def test_configs_that_make_no_sense(change, words):
+    with pytest.raises(ValueError, match=words):
+        small_config(**change)
+
+
+def test_sizes_of_grok_1():
+    assert gs.GROK_1.num_parameters == 315_684_820_992
+    assert round(gs.GROK_1.num_active_parameters / 1e9, 1) == 83.8
+    assert gs.GROK_1.ffn_size == 32768
+    assert gs.GrokConfig.from_json(gs.GROK_1.to_json()) == gs.GROK_1

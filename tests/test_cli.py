@@ -1,0 +1,81 @@
+"""The command line as a user meets it."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import HERE
+
+import grokscope as gs
+from grokscope.run.engine import bundled_checkpoint
+
+
+def run(*args, cwd=None, code=0):
+    found = subprocess.run(
+        [sys.executable, "-m", "grokscope", *map(str, args)], capture_output=True, text=True, cwd=cwd
+    )
+    assert found.returncode == code, found.stdout + found.stderr
+    return found
+
+
+def test_help_shows_examples():
+    top = run("--help").stdout
+    for command in ("generate", "demo", "verify", "train"):
+        assert command in top
+        assert f"grokscope {command}" in " ".join(run(command, "--help").stdout.split())
+
+
+def test_generate(tmp_path):
+    found = run("generate", "The old keeper", "--max-new-tokens", 8, "--save", tmp_path / "d")
+    assert found.stdout.startswith("The old keeper")
+    assert "float32" in found.stderr
+    assert gs.open(tmp_path / "d").text + "\n" == found.stdout
+
+
+def test_verify(tmp_path):
+    assert run("verify", bundled_checkpoint()).stdout.strip().endswith("ok")
+    found = run("verify", HERE / "golden" / "tiny")
+    assert "cannot be seen" in found.stdout
+    import shutil
+
+    broken = shutil.copytree(HERE / "golden" / "tiny", tmp_path / "broken")
+    (broken / "ckpt-0" / "tensor00004_000").write_bytes(b"")
+    found = run("verify", broken, code=1)
+    assert "tensor00004_000" in found.stdout
+    assert "1 problems" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("generate", "x", "--checkpoint", "nowhere"), "nowhere is not a directory"),
+        (("generate", "x", "--temperature", "-1"), "temperature=-1"),
+        (("verify", "nowhere"), "nowhere is not a directory"),
+        (("train", "--data", "d", "--out", "o", "--steps", "3"), "either --config"),
+    ],
+)
+def test_errors_are_one_line(args, words):
+    found = run(*args, code=1)
+    *_, last = found.stderr.splitlines()
+    assert last.startswith("grokscope: ")
+    assert words in last
+    assert "Traceback" not in found.stderr
+    assert "Traceback" in run("--debug", *args, code=1).stderr
+
+
+def test_usage_errors():
+    assert run("generate", code=2).stderr
+    assert run("dance", code=2).stderr
+
+
+def test_demo(tmp_path):
+    for _ in range(2):  # twice: it replaces what it left
+        found = run("demo", "--out", tmp_path / "demo", cwd=tmp_path).stdout
+    assert "Routing of the" in found
+    for name in ("routing.png", "expert_load.png"):
+        assert (tmp_path / "demo" / name).read_bytes()[:4] == b"\x89PNG"
+    trace = gs.open(tmp_path / "demo" / "trace")
+    assert trace.text in found
+    share = (trace["expert_index", 0][trace.phase == "decode"] == 3).mean()
+    row = next(line for line in found.splitlines() if line.startswith("    0 "))
+    assert row.split()[4] == f"{100 * share:.0f}%"

@@ -1,0 +1,314 @@
+"""trace, generate and loss, as their users call them."""
+
+import threading
+
+import numpy as np
+import pytest
+from conftest import small_config, write_random
+
+import grokscope as gs
+from grokscope.run.decode import block_lengths, cache_length
+
+PROMPTS = [
+    "The",
+    "Once upon a time there was",
+    "def add(a, b):\n    return",
+    "In the beginning " * 12,
+    "12 + 7 =",
+    "La",
+    "#include <",
+    "x",
+]
+
+
+def agreeing(a, b):
+    """Positions before the first whose experts differ. Another shape of the same sum may flip a near tie, no more."""
+    n = min(len(a), len(b))
+    flips = np.nonzero((a["expert_index"][:, :n] != b["expert_index"][:, :n]).any(axis=(0, 2)))[0]
+    if not len(flips):
+        return n
+    probs = np.sort(a["router_probs"][:, flips[0]], axis=-1)
+    assert (probs[:, -2] - probs[:, -3]).min() < 1e-4 or np.diff(probs[:, -2:]).min() < 1e-4, (
+        "experts flipped without a tie"
+    )
+    return int(flips[0])
+
+
+def assert_same_run(a, b, taps=("logits", "router_logits")):
+    n = agreeing(a, b)
+    assert n >= len(a) // 2
+    assert (a.tokens[:n] == b.tokens[:n]).all()
+    np.testing.assert_allclose(a.logprobs[1:n], b.logprobs[1:n], atol=1e-4)
+    for tap in taps:
+        one, other = (np.moveaxis(t[tap], t.dims[tap].index("T"), 0)[:n] for t in (a, b))
+        scale = max(1.0, np.abs(other[np.abs(other) < 1e29]).max() / 10)  # outputs of experts reach 100
+        np.testing.assert_allclose(one, other, atol=1e-4 * scale, err_msg=tap)
+
+
+CAPTURE = ("router_logits", "router_probs", "expert_index", "logits")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_batch_equals_single_runs(grok, temperature):
+    options = dict(max_new_tokens=24, temperature=temperature, top_k=50, stop_at_eos=False, capture=CAPTURE)
+    seeds = [7, 1, 2, 3, 4, 5, 6, 7]
+    together = grok.generate(PROMPTS, seed=seeds, **options)
+    assert [t.meta["prompt"] for t in together] == list(range(8))
+    for prompt, seed, batched in zip(PROMPTS, seeds, together, strict=True):
+        assert_same_run(batched, grok.generate(prompt, seed=seed, **options))
+
+
+def test_slots_are_refilled(grok):
+    """More prompts than slots, of different lengths, ending at different times."""
+    prompts = [list(range(20, 21 + i)) for i in range(11)]
+    together = grok.generate(prompts, max_new_tokens=70, stop_at_eos=False, capture=CAPTURE)
+    assert [t.prompt_length for t in together] == [len(p) for p in prompts]
+    for i in (0, 8, 10):
+        assert_same_run(together[i], grok.generate(prompts[i], max_new_tokens=70, stop_at_eos=False, capture=CAPTURE))
+
+
+def test_neighbours_change_nothing(grok):
+    """Same shapes, other neighbours and another slot: bit for bit."""
+    first = [[30, 31], [40] * 9, [50, 51, 52], [60] * 5]
+    other = [[99] * 7, [30, 31], [98] * 3, [97] * 9]
+    options = dict(max_new_tokens=20, stop_at_eos=False, capture=CAPTURE)
+    a, b = grok.generate(first, **options)[0], grok.generate(other, **options)[1]
+    assert (a.tokens == b.tokens).all()
+    assert (a["logits"] == b["logits"]).all()
+    assert (a.logprobs[1:] == b.logprobs[1:]).all()
+
+
+@pytest.mark.parametrize("length", [1, 31, 33, 129, 513, 700])
+def test_generate_equals_trace_of_its_tokens(grok, length):
+    ids = np.random.default_rng(length).integers(4, 8192, length)
+    made = grok.generate(ids, max_new_tokens=66, temperature=1.0, stop_at_eos=False, capture=gs.TAPS)
+    whole = grok.trace(made.tokens, capture=gs.TAPS)
+    assert_same_run(made, whole, gs.TAPS)
+
+
+def test_shapes_of_a_run():
+    assert block_lengths(700) == [512, 512]
+    assert block_lengths(513) == [512, 1]
+    assert [block_lengths(n) for n in (1, 2, 33, 512)] == [[1], [32], [128], [512]]
+    assert [cache_length(n) for n in (1, 33, 200, 513)] == [32, 128, 512, 1024]
+
+
+def test_events_tell_the_text(grok):
+    events = []
+    trace = grok.generate("Once upon a time", max_new_tokens=40, temperature=0.9, seed=5, on_token=events.append)
+    assert "".join(e.text for e in events) == trace.continuation
+    assert [e.id for e in events] == trace.tokens[trace.prompt_length :].tolist()
+    assert [e.position for e in events] == list(range(trace.prompt_length, len(trace)))
+    np.testing.assert_allclose([e.logprob for e in events], trace.logprobs[trace.prompt_length :], atol=1e-6)
+    assert trace.text == "Once upon a time" + trace.continuation
+    assert {e.prompt for e in events} == {0}
+
+
+def test_events_inside_a_character_have_no_text(grok):
+    """Ids of the bytes of one character, forced by a stop at the first event that completes it."""
+    ids = grok.tokenizer.encode("日")
+    assert len(ids) == 3
+    stream = grok.tokenizer.stream()
+    assert [stream(i) for i in ids] == ["", "", "日"]
+
+
+def test_eos(grok):
+    """A text ends at EOS; an EOS in the prompt does not end it."""
+    assert len(grok.generate([1, 500, 2, 1, 600], max_new_tokens=5, stop_at_eos=False)) == 10
+    options = dict(max_new_tokens=120, temperature=1.2)
+    tries = (grok.generate("1 + 1 = ", seed=seed, **options) for seed in range(60))
+    ended, seed = next((t, t.meta["sampling"]["seed"]) for t in tries if t.meta["finish"] == "eos")
+    free = grok.generate("1 + 1 = ", seed=seed, stop_at_eos=False, **options)
+    assert free.meta["finish"] == "length"
+    assert (free.tokens[: len(ended)] == ended.tokens).all()
+    assert ended.tokens[-1] == grok.config.eos_token
+    assert (ended.tokens[ended.prompt_length : -1] != grok.config.eos_token).all()
+    assert "[EOS]" not in ended.text
+    assert "[EOS]" in ended.pieces
+    assert ended["router_logits"].shape[1] == len(ended)
+
+
+def test_stop_strings(grok):
+    whole = grok.generate("The old", max_new_tokens=40).continuation
+    word = whole[10:16]
+    trace = grok.generate("The old", max_new_tokens=40, stop=[word, "never in it"])
+    assert trace.meta["finish"] == "stop"
+    assert word in trace.continuation
+    assert len(trace.continuation) < len(whole)
+
+
+def test_seeds(grok):
+    a, b, c = (grok.generate("A", max_new_tokens=20, temperature=1.0, seed=s).tokens for s in (3, 3, 4))
+    assert (a == b).all()
+    assert len(a) != len(c) or (a != c).any()
+
+
+def test_greedy_is_the_argmax(grok):
+    trace = grok.generate("The", max_new_tokens=30, stop_at_eos=False, capture="logits")
+    predicted = trace["logits"].argmax(-1)
+    assert (predicted[trace.prompt_length - 1 : -1] == trace.tokens[trace.prompt_length :]).all()
+
+
+def test_bos(grok):
+    """A text gets BOS where the model was trained so; ids are never changed."""
+    assert grok.trace("The").tokens[0] == 1
+    assert grok.trace([562]).tokens.tolist() == [562]
+
+
+def test_loss(grok):
+    text = "The old keeper of the lighthouse."
+    found = grok.loss(text)
+    trace = grok.trace(text)
+    assert found.num_tokens == len(trace) - 1
+    assert found.num_bytes == len(text)
+    assert found.nats_per_token == pytest.approx(-trace.logprobs[1:].mean(), rel=1e-6)
+    assert found.bits_per_byte == pytest.approx(-trace.logprobs[1:].sum() / np.log(2) / len(text), rel=1e-6)
+    both = grok.loss([text, "x" * 40])
+    assert both.num_tokens > found.num_tokens
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda g: g.trace(""), ValueError, "prompt 0 is empty"),
+        (lambda g: g.trace([]), ValueError, "prompt 0 is empty"),
+        (lambda g: g.trace(["a", ""]), ValueError, "prompt 1 is empty"),
+        (lambda g: g.trace([5] * 9000), ValueError, "9000 tokens; the context holds 1024"),
+        (lambda g: g.generate([5] * 1000, max_new_tokens=25), ValueError, "1025 in all; the context holds 1024"),
+        (lambda g: g.trace([5, 8192]), ValueError, "id 8192; the vocabulary has ids 0 to 8191"),
+        (lambda g: g.trace([5, -1]), ValueError, "id -1"),
+        (lambda g: g.trace([5.5]), TypeError, "whole numbers"),
+        (lambda g: g.trace(5), TypeError, "got int"),
+        (lambda g: g.trace(g.trace("a")), TypeError, "trace.tokens"),
+        (lambda g: g.trace("a", capture="router_logit"), KeyError, "nearest: router_logits"),
+        (lambda g: g.generate("a", max_new_tokens=0), ValueError, "max_new_tokens=0"),
+        (lambda g: g.generate("a", temperature=-1), ValueError, "temperature=-1"),
+        (lambda g: g.generate("a", top_p=0), ValueError, "top_p=0"),
+        (lambda g: g.generate("a", top_k=0), ValueError, "top_k=0"),
+        (lambda g: g.generate("a", seed=-3), ValueError, "seed=-3"),
+        (lambda g: g.generate(["a", "b"], seed=[1, 2, 3]), ValueError, "3 values for 2 prompts"),
+        (lambda g: g.generate("a", stop=[""]), ValueError, "non-empty"),
+        (lambda g: gs.load(numerics="float16"), ValueError, "float16"),
+        (lambda g: gs.load(weights="int4"), ValueError, "int4"),
+        (lambda g: g.loss([5]), ValueError, "at least two tokens"),
+    ],
+)
+def test_clear_errors(grok, call, error, words):
+    with pytest.raises(error, match=words):
+        call(grok)
+
+
+def test_the_context_can_be_filled(grok):
+    assert len(grok.generate([5] * 1000, max_new_tokens=24, stop_at_eos=False)) == 1024
+
+
+def test_without_a_tokenizer(random_checkpoint):
+    with gs.load(random_checkpoint) as grok:
+        trace = grok.generate([5, 6], max_new_tokens=3, stop_at_eos=False)
+        assert trace.pieces[:2] == ["<5>", "<6>"]
+        assert trace.text == "".join(trace.pieces)
+        with pytest.raises(ValueError, match="has no tokenizer.model; give token ids"):
+            grok.trace("text")
+        assert np.isnan(grok.loss([5, 6, 7]).bits_per_byte)
+
+
+def test_interrupt_returns_what_there_is(grok):
+    def interrupt(event):
+        if event.prompt == 1 and event.position >= 12:
+            raise KeyboardInterrupt
+
+    traces = grok.generate([[5] * 4, [6] * 4] + [[7] * 4] * 8, max_new_tokens=40, stop_at_eos=False, on_token=interrupt)
+    assert [t.meta["prompt"] for t in traces] == list(range(8))  # two never began
+    assert {t.meta["finish"] for t in traces} == {"interrupt"}
+    for trace in traces:
+        assert 12 <= len(trace) <= 14
+        assert trace["router_logits"].shape[1] == len(trace)
+        assert len(trace.logprobs) == len(trace)
+    single = grok.generate([5] * 4, max_new_tokens=40, on_token=lambda e: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert single.meta["finish"] == "interrupt"
+    np.testing.assert_allclose(grok.trace(single.tokens)["router_logits"], single["router_logits"], atol=1e-4)
+
+
+def test_ctrl_c_while_it_runs(grok):
+    """A real SIGINT, which comes between two steps."""
+    import _thread
+
+    def press(event):
+        if event.position == 30:
+            _thread.interrupt_main()
+
+    trace = grok.generate([5] * 4, max_new_tokens=200, stop_at_eos=False, on_token=press)
+    assert trace.meta["finish"] == "interrupt"
+    assert 30 < len(trace) < 40
+
+
+def test_a_second_thread_gets_a_clear_error(grok):
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold(event):
+        inside.set()
+        go_on.wait(10)
+
+    first = threading.Thread(target=grok.generate, args=("a",), kwargs={"max_new_tokens": 2, "on_token": hold})
+    first.start()
+    assert inside.wait(30)
+    with pytest.raises(RuntimeError, match="another thread"):
+        grok.trace("b")
+    go_on.set()
+    first.join()
+    assert len(grok.trace("b"))
+
+
+def test_an_error_in_on_token_leaves_the_model_usable(grok):
+    with pytest.raises(ZeroDivisionError):
+        grok.generate("a", on_token=lambda e: 1 / 0)
+    assert len(grok.trace("b"))
+
+
+def test_close(random_checkpoint):
+    with gs.load(random_checkpoint) as grok:
+        assert "expanded weights" in repr(grok)
+    assert "closed" in repr(grok)
+    with pytest.raises(RuntimeError, match="closed"):
+        grok.trace([5])
+
+
+def test_display_says_the_numerics(grok):
+    assert "9.25 M parameters" in repr(grok)
+    assert "float32" in repr(grok)
+
+
+def test_without_captures_the_plain_model_is_compiled(grok):
+    """The jaxpr of a step with no taps is that of the network itself; with taps it is not."""
+    import jax
+
+    from grokscope.model import transformer
+    from grokscope.run import steps
+
+    params = grok._weights.layers[0]
+    x = np.zeros((1, 4, grok.config.emb_size), np.float32)
+    cache = transformer.KVCache.zeros(grok.config, 1, 32, np.float32)
+    rest = (x, cache, np.zeros(1, np.int32), np.ones((1, 4), bool))
+    plain = jax.make_jaxpr(lambda *a: transformer.layer(grok.config, *a)[:2])(params, *rest)
+
+    def step(taps):
+        return jax.make_jaxpr(lambda *a: steps._layer(grok.config, taps, *a))(params, *rest)
+
+    assert str(step(())) == str(plain)
+    assert str(step(("attn_pattern",))) != str(plain)
+
+
+def test_only_routing_is_kept_unless_asked(grok):
+    assert tuple(grok.trace("a").taps) == ("router_logits", "expert_index", "expert_gate")
+    assert not grok.trace("a", capture=()).taps
+
+
+def test_other_shapes_generate(tmp_path):
+    config = small_config(num_experts=3, num_selected_experts=1, num_q_heads=2, num_kv_heads=1, sequence_len=64)
+    with gs.load(write_random(tmp_path / "c", config), numerics="bfloat16") as grok:
+        trace = grok.generate(
+            [[3, 4, 5], [6]], max_new_tokens=8, stop_at_eos=False, capture=["resid_post", "expert_index"]
+        )[1]
+        assert trace.taps["resid_post"].dtype.name == "bfloat16"
+        assert trace["resid_post"].dtype == np.float32
+        assert trace["expert_index"].shape == (3, 9, 1)

@@ -1,0 +1,155 @@
+"""The Trace: its axes, tables and its way to disk and back."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import grokscope as gs
+
+
+@pytest.fixture(scope="module")
+def trace(grok):
+    return grok.generate("The old keeper", max_new_tokens=12, stop_at_eos=False, capture=gs.TAPS)
+
+
+def test_shapes_are_those_of_the_table(trace, grok):
+    sizes = grok.config.dims | {"T": len(trace), "S": len(trace)}
+    for name, tap in gs.TAPS.items():
+        expected = tuple(sizes[d] for d in "L" * tap.layered + tap.dims)
+        assert trace[name].shape == expected, name
+        assert trace[name].dtype == (np.int32 if name == "expert_index" else np.float32)
+
+
+def test_one_layer(trace):
+    assert (trace["resid_post", 2] == trace["resid_post"][2]).all()
+    with pytest.raises(KeyError, match=r"layer 6 of 'resid_post' was not kept; kept are \[0, 1, 2, 3, 4, 5\]"):
+        trace["resid_post", 6]
+    with pytest.raises(KeyError, match="no layer axis"):
+        trace["logits", 0]
+
+
+def test_taps_that_were_not_captured(grok):
+    with pytest.raises(KeyError, match="attn_pattern.*was not captured; captured are router_logits"):
+        grok.trace("a")["attn_pattern"]
+
+
+def test_coords(trace):
+    coords = trace.coords("attn_pattern")
+    assert list(coords) == ["layer", "head", "position", "key_position"]
+    assert [len(c) for c in coords.values()] == list(trace["attn_pattern"].shape)
+    assert list(trace.coords("router_logits")) == ["layer", "position", "expert"]
+    assert list(trace.coords("expert_gate")) == ["layer", "position", "rank"]
+
+
+def test_impossible_entries(trace):
+    above = np.triu(np.ones((len(trace), len(trace)), bool), 1)
+    assert (trace["attn_pattern"][..., above] == 0).all()
+    assert (trace["attn_scores"][..., above] == np.float32(-1e30)).all()
+    np.testing.assert_allclose(trace["attn_pattern"].sum(-1), 1, atol=1e-5)
+
+
+def test_phase(trace):
+    assert list(trace.phase) == ["prefill"] * trace.prompt_length + ["decode"] * 12
+
+
+def test_router_table(trace):
+    frame = trace.to_pandas("router")
+    assert list(frame) == ["position", "piece", "phase", "layer", "rank", "expert", "logit", "prob", "gate"]
+    assert len(frame) == len(trace) * 6 * 2
+    row = frame[(frame.position == 5) & (frame.layer == 3) & (frame["rank"] == 1)].iloc[0]
+    expert = trace["expert_index", 3][5, 1]
+    assert row.expert == expert
+    assert row.logit == trace["router_logits", 3][5, expert]
+    assert row.gate == trace["expert_gate", 3][5, 1]
+    assert row.piece == trace.pieces[5]
+    np.testing.assert_allclose(frame.prob, frame.gate, atol=1e-6)
+    wide = trace.to_pandas("router", wide=True)
+    assert len(wide) == len(trace)
+    assert wide["gate"][3][1].iloc[5] == row.gate
+
+
+def test_token_table(trace):
+    frame = trace.to_pandas("tokens")
+    assert list(frame) == ["position", "token", "piece", "phase", "logprob"]
+    assert pd.isna(frame.logprob[0])
+    assert (frame.token == trace.tokens).all()
+    with pytest.raises(ValueError, match='tables are "router" and "tokens"'):
+        trace.to_pandas("attention")
+
+
+@pytest.mark.parametrize("numerics", ["float32", "bfloat16"])
+def test_a_dump_opens_again(tmp_path, numerics):
+    with gs.load(numerics=numerics) as grok:
+        trace = grok.generate("The old", max_new_tokens=4, capture=["resid_post", "expert_index", "logits"])
+    again = gs.open(trace.save(tmp_path / "a dump"))
+    for tap in trace.taps:
+        assert (again[tap] == trace[tap]).all()
+        assert again.taps[tap].dtype == trace.taps[tap].dtype
+    assert (again.tokens == trace.tokens).all()
+    assert (again.text, again.continuation, again.pieces) == (trace.text, trace.continuation, trace.pieces)
+    assert again.meta == trace.meta
+    np.testing.assert_array_equal(again.logprobs, trace.logprobs)
+    assert list(again.coords("resid_post")) == list(trace.coords("resid_post"))
+
+
+def test_dumps_that_cannot_be(trace, tmp_path):
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        trace.save(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(FileNotFoundError, match=r"no manifest\.json"):
+        gs.open(tmp_path)
+    dump = trace.save(tmp_path / "d")
+    part = dump / "act-00000000.safetensors"
+    data = part.read_bytes()
+    part.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ValueError, match="was changed since"):
+        gs.open(dump)
+
+
+def test_opening_a_dump_needs_no_jax(trace, tmp_path):
+    trace.save(tmp_path / "d")
+    code = (
+        "import sys, grokscope as gs; t = gs.open(sys.argv[1]); t.to_pandas('router'); t['resid_post'];"
+        "assert 'jax' not in sys.modules and 'haiku' not in sys.modules, 'jax was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "d")], check=True)
+
+
+def test_meta_tells_the_run(trace):
+    meta = trace.meta
+    assert meta["numerics"] == "float32"
+    assert meta["finish"] == "length"
+    assert meta["sampling"]["temperature"] == 0
+    assert len(meta["checkpoint"]["hash"]) == 64
+    assert meta["versions"]["grokscope"] == gs.__version__
+    assert "The old keeper" in repr(trace)
+
+
+def test_plots(grok, trace):
+    """They draw what they say, on given axes too, at 6 layers and 64."""
+    import dataclasses
+
+    import matplotlib.pyplot as plt
+
+    many = dataclasses.replace(
+        trace,
+        taps={n: np.concatenate([trace.taps[n]] * 11)[:64] for n in ("expert_index", "expert_gate", "router_logits")},
+        layers=dict.fromkeys(("expert_index", "expert_gate", "router_logits"), list(range(64))),
+    )
+    for one in (trace, many, grok.trace("prompt only")):
+        for plot in (gs.plot.routing, gs.plot.expert_load):
+            _, ax = plt.subplots()
+            assert plot(one, ax=ax) is ax
+            assert ax.get_title(loc="left")
+            assert ax.get_ylabel() == "layer"
+            ax.figure.canvas.draw()
+            plt.close(ax.figure)
+    ax = gs.plot.expert_load(trace)
+    shares = [image.get_array() for image in ax.images]
+    chosen = trace["expert_index"][:, trace.phase == "decode"]
+    np.testing.assert_allclose(shares[1], [[(layer == e).mean() for e in range(8)] for layer in chosen])
+    plt.close("all")
