@@ -96,7 +96,7 @@ def demo(
     print(routing_table(trace))
     out.mkdir(parents=True, exist_ok=True)
     for name in ("routing", "expert_load"):
-        getattr(gs.plot, name)(trace).figure.savefig(out / f"{name}.png")
+        getattr(gs.plot, name)(trace).figure.savefig(out / f"{name}.png", dpi=200)
     if (out / "trace" / "manifest.json").exists():
         shutil.rmtree(out / "trace")
     trace.save(out / "trace")

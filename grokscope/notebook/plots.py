@@ -3,6 +3,8 @@
 Styled in a context, never globally. Colours are those of grokscope.look, the same as everywhere else.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import matplotlib
@@ -23,7 +25,7 @@ DIVERGING = LinearSegmentedColormap.from_list("gs.div", look.DIVERGING)
 RC = {
     "font.size": 8,
     "axes.titlesize": 9,
-    "axes.titleweight": "semibold",
+    "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlepad": 8,
     "axes.labelsize": 8,
@@ -42,20 +44,18 @@ RC = {
     "legend.fontsize": 7.5,
     "image.interpolation": "nearest",
     "image.aspect": "auto",
-    "figure.constrained_layout.use": True,
-    "savefig.dpi": 200,
-    "pdf.fonttype": 42,
 }
 
 
-def _style():
+@contextlib.contextmanager
+def _styled(ax: "Axes | None", width: float, height: float) -> "Iterator[Axes]":
+    """The given axes or new ones, in our style while they are drawn on."""
     installed = {f.name for f in font_manager.fontManager.ttflist}
     fonts = [f for f in FONTS if f in installed]
-    return matplotlib.rc_context(RC | {"font.family": "sans-serif", "font.sans-serif": fonts})
-
-
-def _axes(ax: "Axes | None", width: float, height: float) -> "Axes":
-    return plt.subplots(figsize=(width, height))[1] if ax is None else ax
+    # Outside the context: a first figure may load a notebook's backend, whose settings the context would take back.
+    figure = plt.figure(figsize=(width, height), layout="constrained") if ax is None else None
+    with matplotlib.rc_context(RC | {"font.family": "sans-serif", "font.sans-serif": fonts}):
+        yield figure.add_subplot() if ax is None else ax
 
 
 def routing(trace: Trace, ax: "Axes | None" = None) -> "Axes":
@@ -63,8 +63,7 @@ def routing(trace: Trace, ax: "Axes | None" = None) -> "Axes":
     experts, gates = trace["expert_index"][..., 0], trace["expert_gate"][..., 0]
     num_layers, length = experts.shape
     num_experts = trace["router_logits"].shape[-1]
-    with _style():
-        ax = _axes(ax, 7.2, float(np.clip(1.2 + 0.15 * num_layers, 2.4, 5.2)))
+    with _styled(ax, 7.2, float(np.clip(1.2 + 0.15 * num_layers, 2.4, 5.2))) as ax:
         palette = np.array([to_rgb(look.expert_color(e)) for e in range(num_experts)])
         weight = look.gate_weight(gates)[..., None]
         ax.imshow(palette[experts] * weight + (1 - weight), extent=(-0.5, length - 0.5, num_layers - 0.5, -0.5))
@@ -96,8 +95,7 @@ def expert_load(trace: Trace, ax: "Axes | None" = None) -> "Axes":
     num_layers, _, k = experts.shape
     num_experts = trace["router_logits"].shape[-1]
     phases = [p for p in ("prefill", "decode") if np.any(trace.phase == p)]
-    with _style():
-        ax = _axes(ax, 1.6 + 2.8 * len(phases), float(np.clip(1.2 + 0.2 * num_layers, 2.4, 8)))
+    with _styled(ax, 1.6 + 2.8 * len(phases), float(np.clip(1.2 + 0.2 * num_layers, 2.4, 8))) as ax:
         ticks = []
         for i, phase in enumerate(phases):
             chosen = experts[:, trace.phase == phase]
