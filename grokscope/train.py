@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -190,7 +189,7 @@ def evaluate(
     return found
 
 
-def stack(ends: hk.Params, layers: list[hk.Params]) -> dict:
+def stack(ends: transformer.Params, layers: list[transformer.Params]) -> dict:
     """Parameters as the training loop holds them: layers stacked along a leading axis."""
     return {"ends": ends, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
 

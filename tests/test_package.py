@@ -36,7 +36,7 @@ def test_versions_agree():
 def test_every_tap_is_met_once():
     """The table and the network name the same taps; each is called once in a pass."""
     import jax
-    import numpy as np
+    import jax.numpy as jnp
     from conftest import small_config
 
     from grokscope.model import transformer
@@ -57,8 +57,8 @@ def test_every_tap_is_met_once():
     ends, layers = transformer.initial_params(config, jax.random.key(0))
     everything = Everything()
     with observed(everything):
-        x = transformer.embed(config, ends, np.zeros((1, 3), np.int32))
-        x = transformer.layer(config, layers[0], x, None, np.zeros(1, np.int32), np.ones((1, 3), bool))[0]
+        x = transformer.embed(config, ends, jnp.zeros((1, 3), jnp.int32))
+        x = transformer.layer(config, layers[0], x, None, jnp.zeros(1, jnp.int32), jnp.ones((1, 3), bool))[0]
         transformer.unembed(config, ends, x)
     assert sorted(everything.seen) == sorted(gs.TAPS)
 

@@ -63,7 +63,7 @@ def test_losses_are_those_of_the_engine(grok, tmp_path):
     """The training forward pass is the network: same loss as grok.loss on the same ids."""
     checkpoint = grok._checkpoint
     ids = np.array(grok.tokenizer.encode("The old keeper of the lighthouse wrote a letter."), np.int32)
-    parts = train.losses(checkpoint.config, train.checkpoint_params(checkpoint), ids[None], "float32")
+    parts = train.losses(checkpoint.config, train.checkpoint_params(checkpoint), jnp.asarray(ids[None]), "float32")
     assert float(parts["nats"].mean()) == pytest.approx(grok.loss(ids).nats_per_token, abs=1e-4)
     share = np.asarray(parts["share"])
     trace = grok.trace(ids[:-1])

@@ -6,7 +6,7 @@ Expansion is numpy's work, expert by expert, so that no more than one tensor is 
 import dataclasses
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -15,10 +15,9 @@ from grokscope.checkpoint.ckpt0 import Checkpoint, Slot, slots
 from grokscope.checkpoint.tensorfile import Tensor
 from grokscope.config import GrokConfig
 from grokscope.model.quant import QuantizedWeight, Weight, dequantize
-from grokscope.model.transformer import ExpertList
+from grokscope.model.transformer import ExpertList, Params
 
 Form = Literal["expanded", "int8"]
-Params = dict[str, dict[str, Any]]  # {Haiku module: {name: weight}}
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ tap inside a branch, loop or shard_map body: such bodies return the value, and t
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 
@@ -49,6 +49,7 @@ TAPS: dict[str, Tap] = {
 }
 
 
+@runtime_checkable
 class Observer(Protocol):
     """What watches a function while it is traced."""
 

@@ -28,6 +28,9 @@ MASKED = -1e30
 NORM_EPS = 1e-5
 ROTARY_BASE = 10000.0
 
+Params = dict[str, dict[str, Any]]
+"""{Haiku module: {name: array, QuantizedWeight or ExpertList}}."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,7 @@ class ExpertList:
     A static slice of one stacked array makes XLA on CPU copy the expert each time (9 against 37 GB/s, measured).
     """
 
-    experts: tuple[Weight, ...]
+    experts: tuple[Any, ...]  # weights; a pytree may hold other leaves in their place
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -293,13 +296,13 @@ class Embedding(Module):
         return tap("logits", matmul(x, self.weight("w").T) * jnp.asarray(self.config.output_multiplier_scale, x.dtype))
 
 
-# The network as pure functions of parameters: dictionaries {Haiku module: {name: weight}}, one for each layer.
+# The network as pure functions of parameters, one dictionary for each layer and one for the embedding.
 
 
 def _pure(method):
     """function(config, params, *inputs) from a function of (config, *inputs) that builds Haiku modules."""
 
-    def apply(config: GrokConfig, params: hk.Params, *inputs):
+    def apply(config: GrokConfig, params: Params, *inputs):
         return hk.without_apply_rng(hk.transform(lambda *args: method(config, *args))).apply(params, *inputs)
 
     return apply
@@ -310,7 +313,7 @@ unembed = _pure(lambda config, x: Embedding(config, "embedding").decode(x))
 layer = _pure(lambda config, *inputs: DecoderLayer(config, "layer")(*inputs))
 
 
-def initial_params(config: GrokConfig, key: jax.Array) -> tuple[hk.Params, list[hk.Params]]:
+def initial_params(config: GrokConfig, key: jax.Array) -> tuple[Params, list[Params]]:
     """Fresh float32 parameters: of the embedding, and of each layer."""
     ends = hk.transform(lambda x: Embedding(config, "embedding").decode(x))
     one = hk.transform(

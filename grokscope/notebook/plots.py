@@ -53,9 +53,9 @@ def _styled(ax: "Axes | None", width: float, height: float) -> "Iterator[Axes]":
     installed = {f.name for f in font_manager.fontManager.ttflist}
     fonts = [f for f in FONTS if f in installed]
     # Outside the context: a first figure may load a notebook's backend, whose settings the context would take back.
-    figure = plt.figure(figsize=(width, height), layout="constrained") if ax is None else None
+    figure = ax.figure if ax is not None else plt.figure(figsize=(width, height), layout="constrained")
     with matplotlib.rc_context(RC | {"font.family": "sans-serif", "font.sans-serif": fonts}):
-        yield figure.add_subplot() if ax is None else ax
+        yield ax if ax is not None else figure.add_subplot()
 
 
 def routing(trace: Trace, ax: "Axes | None" = None) -> "Axes":

@@ -174,7 +174,7 @@ class Grok:
         return self._run(x, int(max_new_tokens), capture, sampling, accept)
 
     def loss(self, x: Prompts) -> Loss:
-        """Mean loss of a text, of ids, or over a list of either. A first token without BOS before it is not predicted."""
+        """Mean loss of a text, of ids, or over a list of either. The first token of each is given, not predicted."""
         traces = self.trace(x, capture=())
         traces = [traces] if isinstance(traces, Trace) else traces
         logprobs = np.concatenate([t.logprobs[1:] for t in traces])
