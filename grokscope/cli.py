@@ -109,7 +109,7 @@ def demo(
 
 
 def routing_table(trace: gs.Trace) -> str:
-    """Per layer: each expert's share of the choices of generated tokens, routing entropy and margin, as text."""
+    """Per layer: each expert's share of the choices of generated tokens, and the mean probability of both choices."""
     frame = trace.to_pandas("router")
     frame = frame.query("phase == 'decode'")
     num_experts = trace.meta["config"]["num_experts"]

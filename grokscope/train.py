@@ -49,13 +49,14 @@ class Recipe:
 
     def schedule(self) -> optax.Schedule:
         hold = self.steps - int(self.decay * self.steps)
+        warmup = min(self.warmup, hold)
         return optax.join_schedules(
             [
-                optax.linear_schedule(0.0, self.learning_rate, self.warmup),
+                optax.linear_schedule(0.0, self.learning_rate, warmup),
                 optax.constant_schedule(self.learning_rate),
                 optax.linear_schedule(self.learning_rate, 0.0, self.steps - hold),
             ],
-            [self.warmup, hold],
+            [warmup, hold],
         )
 
 
@@ -168,14 +169,14 @@ _evaluate_batch = jax.jit(losses, static_argnums=(0, 3))
 def evaluate(
     config: GrokConfig, params: dict, data: TokenData, *, dtype: str, length: int = 256, windows: int = 48
 ) -> dict:
-    """{domain: {"nats": per token, "bits_per_byte": ..., "share": [L, E]}} over fixed windows, and the "mixture" of
-    nats and bits weighted as in training."""
+    """{domain: {"nats": per token, "bits_per_byte": ..., "share": [L, E]}} and the "mixture" of nats and bits, weighted
+    as in training; over fixed windows of `length` tokens, a multiple of 12."""
     found = {}
     for domain in data.weights:
         rng = np.random.default_rng(7)
         tokens = np.stack([data.window(domain, rng, length) for _ in range(windows)])
-        parts = [_evaluate_batch(config, params, tokens[i : i + 12], dtype) for i in range(0, windows, 12)]
-        nats = float(np.mean([np.mean(p["nats"]) for p in parts]))
+        parts = [_evaluate_batch(config, params, batch, dtype) for batch in np.split(tokens, windows // 12)]
+        nats = float(np.mean([p["nats"] for p in parts]))
         share = np.mean([p["share"] for p in parts], axis=0)
         found[domain] = {
             "nats": nats,
@@ -275,20 +276,34 @@ def train(
     if (out / "checkpoint").exists():
         raise FileExistsError(f"{out}/checkpoint exists: this run is finished; choose a new --out")
     out.mkdir(parents=True, exist_ok=True)
-    resuming = isinstance(start, ckpt0.Checkpoint)
-    config = start.config if resuming else start
-    tokenizer = tokenizer or (start.tokenizer if resuming else None)
+    from_checkpoint = isinstance(start, ckpt0.Checkpoint)
+    config = start.config if from_checkpoint else start
+    tokenizer = tokenizer or (start.tokenizer if from_checkpoint else None)
+    if recipe.sequence_len > config.sequence_len:
+        raise ValueError(f"sequence_len={recipe.sequence_len} exceeds the context of the model, {config.sequence_len}")
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     ids = TokenData(data, "train", config.vocab_size)
 
-    params = checkpoint_params(start) if resuming else fresh_params(config, recipe.seed)
+    params = checkpoint_params(start) if from_checkpoint else fresh_params(config, recipe.seed)
     state, first = {"params": params, "opt": optimizer(recipe).init(params)}, 0
-    saved = {"recipe": dataclasses.asdict(recipe), "config": dataclasses.asdict(config)}
+    begun = {
+        "recipe": dataclasses.asdict(recipe),
+        "config": dataclasses.asdict(config),
+        "start": start.hash() if from_checkpoint else "scratch",
+        "data": {domain: [share, len(ids.ids[domain])] for domain, share in ids.weights.items()},
+        "dtype": dtype,
+    }
+    if (out / "recipe.json").exists():
+        before = json.loads((out / "recipe.json").read_text())
+        changed = [name for name in begun if before.get(name) != begun[name]]
+        if changed:
+            raise ValueError(
+                f"{out} was begun with another {' and '.join(changed)} (recipe.json there); choose a new --out"
+            )
+    else:
+        (out / "recipe.json").write_text(json.dumps(begun, indent=1))
     if (out / "state.safetensors").exists():
-        if json.loads((out / "recipe.json").read_text()) != saved:
-            raise ValueError(f"{out} was begun with another recipe or config (recipe.json there); choose a new --out")
         first, state = load_state(out / "state.safetensors", state)
-    (out / "recipe.json").write_text(json.dumps(saved, indent=1))
 
     clock = time.perf_counter()
     for step in progress(range(first, recipe.steps)):
@@ -297,8 +312,8 @@ def train(
         )
         if (step + 1) % 50 == 0 or step + 1 == recipe.steps:
             share = np.asarray(parts["share"])
-            steps_timed = step % 50 + 1
-            rate = steps_timed * recipe.batch * recipe.sequence_len / (time.perf_counter() - clock)
+            timed = min(step % 50, step - first) + 1
+            rate = timed * recipe.batch * recipe.sequence_len / (time.perf_counter() - clock)
             clock = time.perf_counter()
             row = {name: round(float(parts[name]), 4) for name in ("nats", "load_balance", "router_z")}
             row |= {

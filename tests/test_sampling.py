@@ -66,6 +66,16 @@ def test_a_flat_distribution_needs_the_full_sort():
     assert 3500 < reached < 3700
 
 
+def test_a_row_without_filters_is_as_if_alone():
+    """In filtered company, and without asking for the full sort."""
+    logits = np.random.default_rng(0).standard_normal((2, 3000)).astype(np.float32)
+    company = rows(2, 3000, top_k=[3000, 5], seed=9)
+    alone = rows(1, 3000, seed=9)
+    for position in range(40):
+        at = np.full(2, position, np.int32)
+        assert choose("filtered", logits, at, company)[0] == choose("gumbel", logits[:1], at[:1], alone)[0]
+
+
 def test_noise_belongs_to_seed_and_position():
     logits = np.random.default_rng(0).standard_normal((1, 50)).astype(np.float32)
 

@@ -175,6 +175,35 @@ def test_damaged_files_are_refused_by_name_and_offset(tmp_path_factory, data):
         assert found.weight.shape == tensor.weight.shape
 
 
+OPCODES = [bytes([c]) for c in b"\x94\x93\x81\x85\x86\x87R)}(tubN\x88\x89."] + [b"h\x00", b"h\x01", b"K\x01", b"C\x01b"]
+OPCODES += [
+    b"\x8c" + bytes([len(w)]) + w for w in (b"numpy", b"ndarray", b"dtype", b"ml_dtypes", b"bfloat16", b"f4", b"weight")
+]
+
+
+@given(st.lists(st.sampled_from(OPCODES), max_size=30))
+@settings(max_examples=400, deadline=None)
+def test_any_program_is_refused_with_its_name(tmp_path_factory, program):
+    path = tmp_path_factory.mktemp("t") / "t"
+    path.write_bytes(b"\x80\x04" + b"".join(program) + b".")
+    with pytest.raises(TensorFileError) as caught:
+        tensorfile.read(path)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "program",
+    [b"}}\x93", b")" + b"\x85" * 5000 + b"\x8c\x01x\x93", b")" + b"\x94h\x00\x86" * 60 + b")R"],
+    ids=["dictionary as a name", "5000 nested tuples", "60 doublings"],
+)
+def test_programs_that_would_break_a_message(tmp_path, program):
+    (tmp_path / "t").write_bytes(b"\x80\x04" + program + b".")
+    with pytest.raises(TensorFileError) as caught:
+        tensorfile.read(tmp_path / "t")
+    assert len(str(caught.value)) < 500
+
+
 def test_trailing_bytes(tmp_path):
     tensorfile.write(tmp_path / "t", int8(2, 2))
     with (tmp_path / "t").open("ab") as file:

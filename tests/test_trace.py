@@ -91,6 +91,7 @@ def test_a_dump_opens_again(tmp_path, numerics):
     assert (again.tokens == trace.tokens).all()
     assert (again.text, again.continuation, again.pieces) == (trace.text, trace.continuation, trace.pieces)
     assert again.meta == trace.meta
+    assert list(again.taps) == list(trace.taps)
     np.testing.assert_array_equal(again.logprobs, trace.logprobs)
     assert list(again.coords("resid_post")) == list(trace.coords("resid_post"))
 

@@ -116,6 +116,15 @@ def test_a_killed_run_resumes_exactly(data, tmp_path):
         train.train(data, tmp_path / "cut", dataclasses.replace(recipe, seed=1), start=CONFIG)
 
 
+def test_the_learning_rate_has_no_jumps():
+    for steps in (10, 60, 1000):
+        rates = np.array([train.Recipe(steps=steps).schedule()(step) for step in range(steps + 1)])
+        assert np.abs(np.diff(rates)).max() <= max(rates.max() / 3, 1e-9)
+        assert rates[0] == 0
+        assert rates[-1] == pytest.approx(0, abs=1e-9)
+        assert rates.max() == pytest.approx(3e-3)
+
+
 def test_data_that_does_not_fit(data, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"meta\.json not found"):
         train.TokenData(tmp_path, "train", 64)

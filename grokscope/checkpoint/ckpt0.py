@@ -7,8 +7,9 @@ release flattened a dictionary by sorted key. A directory that holds only Grok-1
 import dataclasses
 import hashlib
 import math
+import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from grokscope.model.params import GLOBAL_PARAMS, LAYER_PARAMS, Param
 from grokscope.model.quant import QuantizedWeight, quantize
 
 SUMS = "SHA256SUMS"
+
+Progress = Callable[[Collection], Iterable]
+"""Wraps a collection that takes long to go through, as tqdm does."""
 
 RELEASED_SIZES = {
     "in_out_embed/embeddings": 3_221_225_637,
@@ -197,7 +201,7 @@ class Report:
         return not self.problems
 
 
-def verify(directory: Path | str, progress: Callable[[Iterable], Iterable] = iter) -> Report:
+def verify(directory: Path | str, progress: Progress = iter) -> Report:
     """Checks file set, sizes, headers, shapes, types, finite values and, where present, SHA256SUMS. Never raises for
     what a tensor file holds; raises as `open_checkpoint` does where there is no checkpoint. Runs no pickle code."""
     checkpoint = open_checkpoint(directory)
@@ -217,8 +221,10 @@ def verify(directory: Path | str, progress: Callable[[Iterable], Iterable] = ite
             report.num_bytes += (checkpoint.tensors / slot.file).stat().st_size
     sums = checkpoint.directory / SUMS
     if sums.exists():
-        report.problems += _changed(sums, progress)
-        report.notes.append(f"{SUMS} compared: every listed file is as it was written, swapped files included.")
+        changed = _changed(sums, expected, checkpoint, progress)
+        report.problems += changed
+        if not changed:
+            report.notes.append(f"{SUMS} compared: every file is as it was written, so none were swapped.")
     else:
         report.notes.append(
             f"No {SUMS}: a swap of files of equal shape (key and value, two norms, two layers) "
@@ -248,15 +254,24 @@ def _fault(checkpoint: Checkpoint, slot: Slot) -> str | None:
     return None
 
 
-def _changed(sums: Path, progress: Callable[[Iterable], Iterable]) -> list[str]:
+def _changed(sums: Path, expected: list[Slot], checkpoint: Checkpoint, progress: Progress) -> list[str]:
+    """Files that differ from SHA256SUMS, and tensor files that it does not list."""
+    listed = {}
     problems = []
-    for line in progress(sums.read_text().splitlines()):
-        digest, _, name = line.partition("  ")
+    for number, line in enumerate(sums.read_text().splitlines(), 1):
+        found = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
+        if found:
+            listed[found[2]] = found[1]
+        else:
+            problems.append(f"{SUMS}: line {number} is not a sum and a file name")
+    for name, digest in progress(listed.items()):
         path = sums.parent / name
-        if not path.exists():
+        if not path.is_file():
             problems.append(f"{name}: listed in {SUMS} but missing")
         elif _sha256(path) != digest:
             problems.append(f"{name}: contents differ from {SUMS}: changed or swapped since it was written")
+    folder = checkpoint.tensors.relative_to(checkpoint.directory)
+    problems += [f"{s.file}: not listed in {SUMS}" for s in expected if str(folder / s.file) not in listed]
     return problems
 
 

@@ -24,6 +24,7 @@ NUMPY_2 = {("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT}
 GLOBALS = {QUANTIZED, RECONSTRUCT, NDARRAY, DTYPE, BFLOAT16}
 DTYPES = {"f4": np.dtype("<f4"), "i1": np.dtype("|i1"), BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
 
+MAX_DIMS = 8
 FRAME_TARGET = 65536  # the pickler closes a frame of this size, and writes longer byte strings outside frames
 
 
@@ -106,9 +107,13 @@ class _Reader:
         self.at += length
         return _Bytes(begin, length)
 
-    def pop(self):
+    def top(self):
         if not self.stack or self.stack[-1] is _MARK:
             raise self.fail("an operation without its operand", "a complete pickle")
+        return self.stack[-1]
+
+    def pop(self):
+        self.top()
         return self.stack.pop()
 
     def since_mark(self) -> list:
@@ -133,9 +138,7 @@ class _Reader:
                 case b"\x8c":
                     self.stack.append(self.take(self.number("<B")).decode("utf-8", "replace"))
                 case b"\x94":
-                    if not self.stack:
-                        raise self.fail("an operation without its operand", "a complete pickle", begin)
-                    self.memo.append(self.stack[-1])
+                    self.memo.append(self.top())
                 case b"h" | b"j":
                     index = self.number("<B" if code == b"h" else "<I")
                     if index >= len(self.memo):
@@ -168,7 +171,7 @@ class _Reader:
                     self.stack.append({})
                 case b"u":
                     items = self.since_mark()
-                    fields = self.stack[-1] if self.stack else None
+                    fields = self.top()
                     if (
                         not isinstance(fields, dict)
                         or len(items) % 2
@@ -178,6 +181,8 @@ class _Reader:
                     fields.update(zip(items[::2], items[1::2], strict=True))
                 case b"\x93":
                     name, module = self.pop(), self.pop()
+                    if not isinstance(name, str) or not isinstance(module, str):
+                        raise self.fail("a name that is not text", "one of the five names of the format", begin)
                     found = NUMPY_2.get((module, name), (module, name))
                     if found not in GLOBALS:
                         raise self.fail(f"the name {module}.{name}", "one of the five names of the format", begin)
@@ -202,15 +207,15 @@ class _Reader:
                 return _Object()
             case b"R", ("numpy.core.multiarray", "_reconstruct"), (("numpy", "ndarray"), (0,), _Bytes(length=1)):
                 return _Array()
-            case b"R", ("numpy", "dtype"), (name, False, True) if name in DTYPES:
+            case b"R", ("numpy", "dtype"), (("ml_dtypes", "bfloat16") | "f4" | "i1" as name, False, True):
                 return _DType(DTYPES[name])
-        raise self.fail(f"a call of {function} with {args}", "an array of float32, int8 or bfloat16", begin)
+        raise self.fail("a call with other arguments", "an array of float32, int8 or bfloat16", begin)
 
     def build(self, target, state, begin: int) -> None:
         match target, state:
-            case _Array(dtype=None), (1, tuple(shape), _DType(dtype), False, _Bytes(offset, length)) if all(
-                isinstance(n, int) and n >= 0 for n in shape
-            ):
+            case _Array(dtype=None), (1, tuple(shape), _DType(dtype), False, _Bytes(offset, length)) if len(
+                shape
+            ) <= MAX_DIMS and all(isinstance(n, int) and n >= 0 for n in shape):
                 if length != math.prod(shape) * dtype.itemsize:
                     raise self.fail(
                         f"{length} bytes for {dtype} of shape {shape}", f"{math.prod(shape) * dtype.itemsize}", begin

@@ -59,13 +59,13 @@ def load(
 ) -> Weights:
     """Reads a checkpoint onto the default device. Norms and router stay float32, the embedding becomes `dtype`."""
     form = form or default_form(checkpoint.config, dtype)
-    layers: list[Params] = [{} for _ in range(checkpoint.config.num_layers)]
-    weights = Weights({}, layers, form)
+    ends: dict[str, dict] = {}
+    layers: list[dict[str, dict]] = [{} for _ in range(checkpoint.config.num_layers)]
     for slot in progress(slots(checkpoint.config)):
-        params = weights.ends if slot.layer is None else layers[slot.layer]
+        params = ends if slot.layer is None else layers[slot.layer]
         value = _placed(slot, checkpoint.read(slot), dtype, form)
         params.setdefault(slot.param.module, {})[slot.param.name] = value
-    return weights
+    return Weights(ends, list(layers), form)
 
 
 def _placed(slot: Slot, tensor: Tensor, dtype: np.dtype, form: Form) -> Weight | ExpertList:

@@ -66,7 +66,7 @@ def dequantize(weight: QuantizedWeight, dtype: np.dtype | type = np.float32) -> 
 
 
 def matmul(x: Float[Array, "*batch K"], w: Weight) -> Float[Array, "*batch N"]:
-    """x @ w in the type of x. int8 is not expanded: each group's product is scaled in float32, then summed."""
+    """x @ w in the type of x. The products of int8 groups are scaled in float32, then summed."""
     if not isinstance(w, QuantizedWeight):
         return jnp.matmul(x, w, precision=HIGHEST)
     groups, (k, n) = w.num_groups, w.shape

@@ -6,6 +6,7 @@ tap inside a branch, loop or shard_map body: such bodies return the value, and t
 """
 
 import contextlib
+import contextvars
 import dataclasses
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
@@ -60,7 +61,8 @@ class Observer(Protocol):
         ...
 
 
-_observers: list[Observer] = []
+_observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("observer", default=None)
+"""Of this thread: two models may be compiled at the same time."""
 
 
 def _same(value: jax.Array) -> jax.Array:
@@ -68,21 +70,22 @@ def _same(value: jax.Array) -> jax.Array:
 
 
 def tap(name: str, value: jax.Array, unpack=_same, pack=_same) -> jax.Array:
-    """`value`, as the innermost installed observer returns it.
+    """`value`, as the installed observer returns it.
 
     Where the network holds the value in another layout, `unpack` gives the layout of TAPS and `pack` goes back; they
     run only if somebody looks.
     """
-    if not _observers or not _observers[-1].wants(name):
+    observer = _observer.get()
+    if observer is None or not observer.wants(name):
         return value
-    return pack(_observers[-1](name, unpack(value)))
+    return pack(observer(name, unpack(value)))
 
 
 @contextlib.contextmanager
 def observed(observer: Observer) -> Iterator[None]:
     """Installs `observer` while a function is traced; it sees nothing of calls that were compiled before."""
-    _observers.append(observer)
+    token = _observer.set(observer)
     try:
         yield
     finally:
-        _observers.pop()
+        _observer.reset(token)

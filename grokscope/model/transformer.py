@@ -11,6 +11,7 @@ experts have to run; it saves work and changes no live value.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -28,7 +29,7 @@ MASKED = -1e30
 NORM_EPS = 1e-5
 ROTARY_BASE = 10000.0
 
-Params = dict[str, dict[str, Any]]
+Params = Mapping[str, Mapping[str, Any]]
 """{Haiku module: {name: array, QuantizedWeight or ExpertList}}."""
 
 

@@ -55,5 +55,5 @@ def open(directory: Path | str) -> Trace:  # noqa: A001  read as grokscope.open
     if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != part["sha256"]:
         raise ValueError(f"{file} is missing or was changed since it was written: its sha256 is not that of {path}")
     arrays = load_file(file)
-    taps = {n.removeprefix("tap."): arrays[n] for n in sorted(arrays) if n.startswith("tap.")}
+    taps = {name: arrays[f"tap.{name}"] for name in manifest["dims"]}
     return Trace(**{n: arrays[n] for n in ARRAYS}, taps=taps, **manifest)

@@ -1,5 +1,6 @@
 """Grok: a loaded model that traces and generates. `load` is where a session begins."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -13,12 +14,11 @@ import numpy as np
 
 from grokscope import look
 from grokscope.checkpoint import weights as weights_module
-from grokscope.checkpoint.ckpt0 import Checkpoint, open_checkpoint
+from grokscope.checkpoint.ckpt0 import Checkpoint, Progress, open_checkpoint
 from grokscope.config import GrokConfig
 from grokscope.model.taps import TAPS
 from grokscope.run import hooks
-from grokscope.run.decode import Run
-from grokscope.run.decode import Sequence as RunSequence
+from grokscope.run.decode import Job, Run
 from grokscope.run.sampling import Sampling
 from grokscope.run.trace import Trace
 from grokscope.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ def load(
     numerics: str | None = None,
     weights: weights_module.Form | None = None,
     tokenizer: Path | str | None = None,
-    progress: Callable[[Iterable], Iterable] = iter,
+    progress: Progress = iter,
 ) -> "Grok":
     """A model ready to run.
 
@@ -120,6 +120,7 @@ class Grok:
         self._checkpoint = checkpoint
         self._weights: weights_module.Weights | None = weights
         self._form = weights.form
+        self._hash = checkpoint.hash()
         self._busy = threading.Lock()
 
     def trace(self, x: Prompts, capture: str | Iterable[str] | None = None) -> Trace | list[Trace]:
@@ -143,7 +144,7 @@ class Grok:
         on_token: Callable[[TokenEvent], None] | None = None,
         capture: str | Iterable[str] | None = None,
     ) -> Trace | list[Trace]:
-        """Continues a text, ids, or a list of either: one Trace each, equal to running each alone.
+        """Continues a text, ids, or a list of either: one Trace each, in float32 equal to running each alone.
 
         Args:
           x: prompts. A text gets BOS in front if config.prompt_bos says so; ids are never changed.
@@ -177,6 +178,8 @@ class Grok:
         """Mean loss of a text, of ids, or over a list of either. The first token of each is given, not predicted."""
         traces = self.trace(x, capture=())
         traces = [traces] if isinstance(traces, Trace) else traces
+        if len(traces) < len(self._prompts(x, 0)[0]):
+            raise KeyboardInterrupt
         logprobs = np.concatenate([t.logprobs[1:] for t in traces])
         if not len(logprobs):
             raise ValueError("nothing to predict: a loss needs at least two tokens (or BOS and one)")
@@ -190,9 +193,10 @@ class Grok:
 
     def close(self) -> None:
         """Frees the memory of the weights; the object cannot run afterwards."""
-        if self._weights is not None:
-            self._weights.delete()
-            self._weights = None
+        with self._alone():
+            if self._weights is not None:
+                self._weights.delete()
+                self._weights = None
 
     def __enter__(self) -> "Grok":
         return self
@@ -215,35 +219,39 @@ class Grok:
 
     # Running
 
+    @contextlib.contextmanager
+    def _alone(self):
+        """Holds the model; raises RuntimeError if it is in use already, by another thread or by this one."""
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("this Grok is already running, perhaps in another thread; wait, or load a second one")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
     def _run(self, x: Prompts, limit: int, capture, sampling: dict, accept) -> Trace | list[Trace]:
         taps = hooks.resolve(capture)
         prompts, single = self._prompts(x, limit)
         rows = Sampling.rows(len(prompts), self.config.vocab_size, **sampling)
-        if not self._busy.acquire(blocking=False):
-            raise RuntimeError("this Grok is running in another thread; wait for it, or load a second one")
-        try:
+        jobs = [Job(prompt, limit, i, lambda *_: None) for i, prompt in enumerate(prompts)]
+        if accept is not None:
+            for job in jobs:
+                job.accept = functools.partial(accept, job, _Watch(self.tokenizer))
+        with self._alone():
             if self._weights is None:
                 raise RuntimeError("this Grok was closed; load it again")
-            watch = [_Watch(self.tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
-            sequences = [
-                RunSequence(prompt, limit, i, functools.partial(accept, watch[i]) if accept else lambda *_: None)
-                for i, prompt in enumerate(prompts)
-            ]
-            Run(self.config, self._weights, taps, rows, sequences).run()
-            traces = [self._trace(s, i, rows if limit else None) for i, s in enumerate(sequences) if s.finish]
-        finally:
-            self._busy.release()
-        if single and not traces:
+            run = Run(self.config, self._weights, taps, rows, jobs)
+            run.run()
+        if single and not jobs[0].finish:
             raise KeyboardInterrupt
+        traces = [self._trace(job, run) for job in jobs if job.finish]
         return traces[0] if single else traces
 
-    def _accept(
-        self, watch: "_Watch", sequence: RunSequence, token: int, logprob: float, *, stop_at_eos, stops, on_token
-    ):
+    def _accept(self, job: Job, watch: "_Watch", token: int, logprob: float, *, stop_at_eos, stops, on_token):
         """Reports a token; says why to stop after it."""
         text = watch.read(token)
         if on_token is not None:
-            on_token(TokenEvent(watch.prompt, len(sequence.tokens) - 1, token, text, logprob))
+            on_token(TokenEvent(job.row, len(job.tokens) - 1, token, text, logprob))
         if stop_at_eos and token == self.config.eos_token:
             return "eos"
         return "stop" if any(s in watch.text[-len(s) - len(text) :] for s in stops) else None
@@ -289,9 +297,9 @@ class Grok:
             )
         return ids.astype(np.int32)
 
-    def _trace(self, sequence: RunSequence, index: int, sampling: Sampling | None) -> Trace:
-        tokens = np.array(sequence.tokens, np.int32)
-        n = len(sequence.prompt)
+    def _trace(self, job: Job, run: Run) -> Trace:
+        tokens = np.array(job.tokens, np.int32)
+        n = len(job.prompt)
         if self.tokenizer is None:
             pieces = [f"<{i}>" for i in tokens]
             text, continuation = "".join(pieces), "".join(pieces[n:])
@@ -300,46 +308,39 @@ class Grok:
             text = self.tokenizer.decode(tokens)
             stream = self.tokenizer.stream(following=True)
             continuation = "".join(stream(i) for i in tokens[n:]) + stream(None)
+        row = {f.name: getattr(run.sampling, f.name)[job.row].item() for f in dataclasses.fields(run.sampling)}
         meta = {
             "checkpoint": {"name": self._checkpoint.directory.name, "hash": self._hash},
             "config": dataclasses.asdict(self.config),
             "numerics": self.numerics,
             "weights": self._form,
-            "sampling": sampling and {
-                "temperature": float(sampling.temperature[index]),
-                "top_p": float(sampling.top_p[index]),
-                "top_k": int(sampling.top_k[index]),
-                "seed": int(sampling.seed[index]),
-            },
+            "sampling": row if job.limit else None,
+            "shapes": {"slots": run.num_slots, "cache_length": run.cache_length},
             "edits": [],
-            "finish": sequence.finish,
-            "prompt": index,
+            "finish": job.finish,
+            "prompt": job.row,
             "device": jax.devices()[0].device_kind,
             "versions": versions(),
-        }  # fmt: skip
+        }
+        captured = [t for t in TAPS if t in job.captures]
         return Trace(
             tokens=tokens,
             pieces=pieces,
             text=text,
             continuation=continuation,
             prompt_length=n,
-            logprobs=np.array(sequence.logprobs, np.float32),
-            taps={t: sequence.captures[t] for t in TAPS if t in sequence.captures},
-            dims={t: "L" * TAPS[t].layered + TAPS[t].dims for t in sequence.captures},
-            layers={t: list(range(self.config.num_layers)) for t in sequence.captures if TAPS[t].layered},
+            logprobs=np.array(job.logprobs, np.float32),
+            taps={t: job.captures[t] for t in captured},
+            dims={t: "L" * TAPS[t].layered + TAPS[t].dims for t in captured},
+            layers={t: list(range(self.config.num_layers)) for t in captured if TAPS[t].layered},
             meta=meta,
         )
-
-    @functools.cached_property
-    def _hash(self) -> str:
-        return self._checkpoint.hash()
 
 
 class _Watch:
     """The text of one prompt's continuation as it grows."""
 
-    def __init__(self, tokenizer: Tokenizer | None, prompt: np.ndarray, index: int):
-        self.prompt = index
+    def __init__(self, tokenizer: Tokenizer | None):
         self.text = ""
         self._stream = (lambda token: f"<{token}>") if tokenizer is None else tokenizer.stream(following=True)
 

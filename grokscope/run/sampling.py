@@ -85,6 +85,8 @@ def choose(
 def _filtered(tempered: Float[Array, "B V"], noise: Float[Array, "B V"], sampling: Sampling) -> Int[Array, " B"]:
     vocab = tempered.shape[-1]
     total = jax.nn.logsumexp(tempered, axis=-1, keepdims=True)
+    free = (sampling.top_p >= 1) & (sampling.top_k >= vocab)  # as if alone, with the sampler that does not filter
+    unfiltered = jnp.argmax(tempered + noise, axis=-1)
 
     def among(count: int):
         """Draws among the `count` most probable tokens; also whether those suffice for every row."""
@@ -94,8 +96,8 @@ def _filtered(tempered: Float[Array, "B V"], noise: Float[Array, "B V"], samplin
         kept = (before < sampling.top_p[:, None]) & (jnp.arange(count) < sampling.top_k[:, None])
         scores = jnp.where(kept, values + jnp.take_along_axis(noise, ids, axis=-1), -jnp.inf)
         drawn = jnp.take_along_axis(ids, jnp.argmax(scores, axis=-1)[:, None], axis=-1)[:, 0]
-        enough = (mass[:, -1] >= sampling.top_p) | (sampling.top_k <= count) | (sampling.temperature == 0)
-        return drawn, jnp.all(enough)
+        enough = (mass[:, -1] >= sampling.top_p) | (sampling.top_k <= count) | (sampling.temperature == 0) | free
+        return jnp.where(free, unfiltered, drawn), jnp.all(enough)
 
     if vocab <= CANDIDATES:
         return among(vocab)[0]

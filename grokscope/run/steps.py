@@ -55,7 +55,7 @@ def _embed(config: GrokConfig, taps: tuple[str, ...], params, tokens: Int[Array,
 
 
 def _layer(config: GrokConfig, taps: tuple[str, ...], params, x, cache, start, live):
-    """One layer over a block: stream, cache and captures."""
+    """One layer over a block x [B, T, D] at positions start [B] ...; live [B, T]. Stream, cache and captures."""
     (x, cache, _), captured = with_hooks(transformer.layer, taps)(config, params, x, cache, start, live)
     return x, cache, captured
 
@@ -76,10 +76,10 @@ def _logprob(logits: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Float[Array
     return own - jax.nn.logsumexp(logits, axis=-1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 7))
-def decode_layer(config: GrokConfig, taps: tuple[str, ...], params, x, cache, start, live, buffers, column):
-    """`layer` for one position a slot; captures go into column `column` of the buffers."""
-    x, cache, captured = _layer(config, taps, params, x, cache, start, live)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 6))
+def decode_layer(config: GrokConfig, taps: tuple[str, ...], params, x, cache, state: DecodeState, buffers, column):
+    """`layer` for the one position [B, 1, D] of each slot; captures go into column `column` of the buffers."""
+    x, cache, captured = _layer(config, taps, params, x, cache, state.positions, state.live[:, None])
     return x, cache, _written(buffers, captured, column)
 
 
@@ -132,6 +132,12 @@ def stacked(layers: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
 def seated(state: DecodeState, first: DecodeState, slot) -> DecodeState:
     """`first` (of one row) in place of the slot."""
     return jax.tree.map(lambda all_, one: all_.at[slot].set(one[0]), state, first)
+
+
+@jax.jit
+def retired(state: DecodeState, slot) -> DecodeState:
+    """The slot idle: it runs on, but no expert runs for it."""
+    return dataclasses.replace(state, live=state.live.at[slot].set(False))
 
 
 @functools.partial(jax.jit, donate_argnums=(0,))
