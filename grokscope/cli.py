@@ -9,6 +9,7 @@ import typer
 
 import grokscope as gs
 from grokscope import look
+from grokscope.run import dump
 
 DEMO_PROMPT = "The old keeper of the lighthouse wrote a letter to his brother every morning, but"
 
@@ -21,15 +22,21 @@ def options(debug: Annotated[bool, typer.Option(help="Show the traceback of an e
 
 
 def main() -> None:
+    debug = "--debug" in sys.argv
+    sys.argv[1:] = [arg for arg in sys.argv[1:] if arg != "--debug"]  # anywhere on the line
     try:
         app()
-    except KeyboardInterrupt:
-        sys.exit(130)
     except (ValueError, TypeError, KeyError, OSError, RuntimeError) as err:
-        if "--debug" in sys.argv:
+        if debug:
             raise
         print(f"grokscope: {err.args[0] if isinstance(err, KeyError) else err}", file=sys.stderr)
         sys.exit(1)
+
+
+def _stop_if_interrupted(trace: "gs.Trace") -> None:
+    if trace.meta["finish"] == "interrupt":
+        print("grokscope: interrupted", file=sys.stderr)
+        raise typer.Exit(130)
 
 
 def _bar(unit: str, smallest: int):
@@ -59,18 +66,27 @@ def generate(
     save: Annotated[Path | None, typer.Option(help="Write text, routing and log-probabilities as a dump.")] = None,
 ) -> None:
     """Continue a text, and print it as it appears."""
+    if save is not None:
+        dump.refuse_existing(save)
     grok = gs.load(checkpoint, numerics=numerics, progress=_bar(" tensors", 500))
     print(grok, file=sys.stderr)
     prompt = sys.stdin.read() if prompt == "-" else prompt
-    print(prompt, end="", flush=True)
+    shown = False
+
+    def show(event: gs.TokenEvent) -> None:
+        nonlocal shown
+        print(event.text if shown else prompt + event.text, end="", flush=True)
+        shown = True
+
     trace = grok.generate(
         prompt, max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or (),
-        on_token=lambda event: print(event.text, end="", flush=True),
+        on_token=show,
     )  # fmt: skip
     assert isinstance(trace, gs.Trace)
     print()
     if save is not None:
         print(f"saved to {trace.save(save)}", file=sys.stderr)
+    _stop_if_interrupted(trace)
 
 
 @app.command(epilog="Example:  grokscope demo --out out/demo")
@@ -84,6 +100,7 @@ def demo(
     import matplotlib
 
     matplotlib.use("Agg")
+    out.mkdir(parents=True, exist_ok=True)
     grok = gs.load(checkpoint, progress=_bar(" tensors", 500))
     print(grok)
     print(f"\n{DEMO_PROMPT}", end="", flush=True)
@@ -93,8 +110,8 @@ def demo(
     )  # fmt: skip
     assert isinstance(trace, gs.Trace)
     print("\n")
+    _stop_if_interrupted(trace)
     print(routing_table(trace))
-    out.mkdir(parents=True, exist_ok=True)
     for name in ("routing", "expert_load"):
         getattr(gs.plot, name)(trace).figure.savefig(out / f"{name}.png", dpi=200)
     if (out / "trace" / "manifest.json").exists():
@@ -178,9 +195,6 @@ def train(
         report=lambda row: tqdm.write("  ".join(f"{k} {v}" for k, v in row.items())),
         progress=lambda todo: tqdm(todo, initial=todo.start, total=todo.stop, unit=" steps"),
     )  # fmt: skip
-    found = training.evaluate_checkpoint(done, data)
-    print(
-        "held out: "
-        + ", ".join(f"{d} {v['nats']:.3f} nats, {v['bits_per_byte']:.3f} bits/byte" for d, v in found.items())
-    )
     print(f"written to {done}")
+    for domain, row in training.evaluate_checkpoint(done, data, length=sequence_len).items():
+        print(f"held out, {domain}: {row['nats']:.3f} nats per token, {row['bits_per_byte']:.3f} bits per byte")

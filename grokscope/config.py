@@ -118,7 +118,10 @@ class GrokConfig:
 
     @classmethod
     def read(cls, path: Path) -> "GrokConfig":
-        return cls.from_json(Path(path).read_text(), str(path))
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"), str(path))
+        except UnicodeDecodeError as err:
+            raise ValueError(f"{path} is not UTF-8 text: {err}") from err
 
 
 GROK_1 = GrokConfig(

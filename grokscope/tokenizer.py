@@ -40,7 +40,11 @@ class Tokenizer:
         self._adds_space = self._model.EncodeAsPieces("a")[0] != "a"
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. No BOS is added."""
+        """Ids of a text. No BOS is added. Raises ValueError for a lone surrogate, which no UTF-8 text has."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as err:
+            raise ValueError(f"the text is not Unicode at character {err.start}: {err.reason}") from err
         return self._model.EncodeAsIds(text)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from grokscope.checkpoint import ckpt0, weights
@@ -47,6 +48,13 @@ class Recipe:
     router_z: float = 1e-3
     seed: int = 0
 
+    def __post_init__(self):
+        for name in ("steps", "batch", "sequence_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay={self.decay}: expected a share of the steps, 0 to 1")
+
     def schedule(self) -> optax.Schedule:
         hold = self.steps - int(self.decay * self.steps)
         warmup = min(self.warmup, hold)
@@ -70,6 +78,9 @@ class TokenData:
                 f"{directory}/meta.json not found; `grokscope train --help` shows the layout of data"
             )
         meta = json.loads((directory / "meta.json").read_text())
+        missing = {"weights", "bytes_per_token"} - meta.keys()
+        if missing:
+            raise ValueError(f"{directory}/meta.json lacks {' and '.join(sorted(missing))}")
         self.weights: dict[str, float] = meta["weights"]
         self.bytes_per_token: dict[str, float] = meta["bytes_per_token"]
         self.ids = {domain: _read_ids(directory / f"{split}.{domain}.u16") for domain in self.weights}
@@ -99,7 +110,10 @@ def _read_ids(path: Path) -> np.ndarray:
     if path.exists():
         return np.fromfile(path, "<u2")
     if packed.exists():
-        return np.frombuffer(lzma.decompress(packed.read_bytes()), "<u2")
+        try:
+            return np.frombuffer(lzma.decompress(packed.read_bytes()), "<u2")
+        except lzma.LZMAError as err:
+            raise ValueError(f"{packed} is not a whole xz file: {err}") from err
     raise FileNotFoundError(f"neither {path} nor {packed.name} beside it exists")
 
 
@@ -211,11 +225,13 @@ def checkpoint_params(checkpoint: ckpt0.Checkpoint) -> dict:
     return stack(loaded.ends, loaded.layers)
 
 
-def evaluate_checkpoint(directory: Path, data: Path | str, windows: int = 48) -> dict:
+def evaluate_checkpoint(directory: Path, data: Path | str, *, length: int = 256, windows: int = 48) -> dict:
     """`evaluate` of a checkpoint on disk, as it was stored, over the held-out windows of `data`."""
     checkpoint = ckpt0.open_checkpoint(directory)
     held_out = TokenData(data, "valid", checkpoint.config.vocab_size)
-    return evaluate(checkpoint.config, checkpoint_params(checkpoint), held_out, dtype="float32", windows=windows)
+    return evaluate(
+        checkpoint.config, checkpoint_params(checkpoint), held_out, dtype="float32", length=length, windows=windows
+    )
 
 
 def export(directory: Path, config: GrokConfig, params: dict, tokenizer: Path | None) -> Path:
@@ -243,7 +259,10 @@ def save_state(path: Path, step: int, state: dict) -> None:
 
 def load_state(path: Path, like: dict) -> tuple[int, dict]:
     """Step and state; raises ValueError if it belongs to another configuration."""
-    arrays = load_file(path)
+    try:
+        arrays = load_file(path)
+    except SafetensorError as err:
+        raise ValueError(f"{path} is damaged ({err}); choose a new --out, or delete it to begin again") from err
     paths, treedef = jax.tree_util.tree_flatten_with_path(like)
     names = [jax.tree_util.keystr(p) for p, _ in paths]
     wrong = [
@@ -283,6 +302,7 @@ def train(
         raise ValueError(f"sequence_len={recipe.sequence_len} exceeds the context of the model, {config.sequence_len}")
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     ids = TokenData(data, "train", config.vocab_size)
+    TokenData(data, "valid", config.vocab_size)  # faults in it show now, not after hours
 
     params = checkpoint_params(start) if from_checkpoint else fresh_params(config, recipe.seed)
     state, first = {"params": params, "opt": optimizer(recipe).init(params)}, 0

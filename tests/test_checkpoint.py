@@ -130,6 +130,23 @@ def test_folders_that_are_no_checkpoint(tmp_path):
         gs.load(tmp_path)
 
 
+def test_the_folder_of_the_files_itself(random_checkpoint):
+    assert ckpt0.open_checkpoint(random_checkpoint / "ckpt-0").config == ckpt0.open_checkpoint(random_checkpoint).config
+
+
+def test_a_model_outlives_its_files(checkpoint):
+    with gs.load(checkpoint) as grok:
+        name = ckpt0.open_checkpoint(checkpoint).hash()
+        shutil.rmtree(checkpoint)
+        assert grok.generate([5, 6], max_new_tokens=2).meta["checkpoint"]["hash"] == name
+
+
+def test_a_folder_where_a_file_should_be(checkpoint):
+    (checkpoint / "ckpt-0" / "tensor00003_000").unlink()
+    (checkpoint / "ckpt-0" / "tensor00003_000").mkdir()
+    fault(checkpoint, "tensor00003_000", "not a file")
+
+
 def test_existing_folders_are_not_written_over(random_checkpoint):
     with pytest.raises(FileExistsError, match="not empty"):
         write_random(random_checkpoint, small_config())

@@ -60,7 +60,33 @@ def test_errors_are_one_line(args, words):
     assert last.startswith("grokscope: ")
     assert words in last
     assert "Traceback" not in found.stderr
-    assert "Traceback" in run("--debug", *args, code=1).stderr
+    assert "Traceback" in run(*args, "--debug", code=1).stderr
+
+
+def test_nothing_is_generated_for_a_folder_that_is_taken(tmp_path):
+    (tmp_path / "mine.txt").write_text("x")
+    found = run("generate", "x", "--save", tmp_path, code=1)
+    assert "not an empty folder" in found.stderr
+    assert not found.stdout
+
+
+@pytest.mark.parametrize("command", [("generate", "The", "--max-new-tokens", "900"), ("demo",)])
+def test_ctrl_c(command, tmp_path):
+    import signal
+
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "grokscope", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+    )
+    seen = b""
+    while b"The" not in seen:
+        seen += process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.endswith(b"grokscope: interrupted\n")
 
 
 def test_usage_errors():

@@ -154,6 +154,19 @@ def test_greedy_is_the_argmax(grok):
     assert (predicted[trace.prompt_length - 1 : -1] == trace.tokens[trace.prompt_length :]).all()
 
 
+def test_kinds_of_prompts(grok):
+    import jax.numpy as jnp
+
+    ids = [562, 3888, 311]
+    kinds = [ids, tuple(ids), np.array(ids), np.array(ids, np.uint16), [np.int64(i) for i in ids], jnp.array(ids)]
+    for prompt in kinds:
+        assert grok.trace(prompt, capture=()).tokens.tolist() == ids
+    assert grok.trace(range(5, 9), capture=()).tokens.tolist() == [5, 6, 7, 8]
+    assert [len(t) for t in grok.trace(np.array([ids, ids]), capture=())] == [3, 3]
+    assert [len(t) for t in grok.trace(["The", ids, tuple(ids)], capture=())] == [2, 3, 3]
+    assert isinstance(grok.trace([ids], capture=()), list)
+
+
 def test_bos(grok):
     """A text gets BOS where the model was trained so; ids are never changed."""
     assert grok.trace("The").tokens[0] == 1
@@ -184,6 +197,13 @@ def test_loss(grok):
         (lambda g: g.trace([5, -1]), ValueError, "id -1"),
         (lambda g: g.trace([5.5]), TypeError, "whole numbers"),
         (lambda g: g.trace(5), TypeError, "got int"),
+        (lambda g: g.trace(b"text"), TypeError, "got bytes"),
+        (lambda g: g.trace(np.array(5)), TypeError, "got ndarray|one number|0-d"),
+        (lambda g: g.trace(["a", 5]), TypeError, "prompt 1 is one number"),
+        (lambda g: g.trace([[1, [2, 3]]]), TypeError, "prompt 0 is neither a text nor a sequence"),
+        (lambda g: g.trace([1, [2, 3]]), TypeError, "prompt 0 is neither a text nor a sequence"),
+        (lambda g: g.trace("\ud800"), ValueError, "not Unicode at character 0"),
+        (lambda g: g.generate(["a", "b"], seed=[1]), ValueError, "1 values for 2 prompts"),
         (lambda g: g.trace(g.trace("a")), TypeError, "trace.tokens"),
         (lambda g: g.trace("a", capture="router_logit"), KeyError, "nearest: router_logits"),
         (lambda g: g.generate("a", max_new_tokens=0), ValueError, "max_new_tokens=0"),
@@ -286,7 +306,7 @@ def test_two_models_compile_at_the_same_time(random_checkpoint, tmp_path):
         thread.join()
     assert not errors
     for directory, taps in cases.items():
-        assert set(found[directory].taps) == set(taps)
+        assert set(found[directory].taps) == {*taps, "router_logits", "expert_index", "expert_gate"}
         assert found[directory].meta["config"] == gs.load(directory).trace([5]).meta["config"]
 
 
@@ -353,8 +373,10 @@ def test_without_captures_the_plain_model_is_compiled(grok):
 
 
 def test_only_routing_is_kept_unless_asked(grok):
-    assert tuple(grok.trace("a").taps) == ("router_logits", "expert_index", "expert_gate")
+    routing = ("router_logits", "expert_index", "expert_gate")
+    assert tuple(grok.trace("a").taps) == routing
     assert not grok.trace("a", capture=()).taps
+    assert tuple(grok.trace("a", capture="attn_pattern").taps) == ("attn_pattern", *routing)
 
 
 def test_other_shapes_generate(tmp_path):

@@ -32,7 +32,7 @@ def test_one_layer(trace):
 
 
 def test_taps_that_were_not_captured(grok):
-    with pytest.raises(KeyError, match="attn_pattern.*was not captured; captured are router_logits"):
+    with pytest.raises(KeyError, match="attn_pattern.*was not captured.*; captured are router_logits"):
         grok.trace("a")["attn_pattern"]
 
 
@@ -69,6 +69,7 @@ def test_router_table(trace):
     wide = trace.to_pandas("router", wide=True)
     assert len(wide) == len(trace)
     assert wide["gate"][3][1].iloc[5] == row.gate
+    assert wide["expert"][3][1].dtype == np.int32
 
 
 def test_token_table(trace):
@@ -109,6 +110,10 @@ def test_dumps_that_cannot_be(trace, tmp_path):
     part.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(ValueError, match="was changed since"):
         gs.open(dump)
+    for damage in ("{", "[]", '{"format": "other"}', '{"format": "grokscope dump 1", "parts": []}'):
+        (dump / "manifest.json").write_text(damage)
+        with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+            gs.open(dump)
 
 
 def test_opening_a_dump_needs_no_jax(trace, tmp_path):

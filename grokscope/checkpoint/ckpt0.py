@@ -131,6 +131,8 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
     layout = "a checkpoint is a folder with config.json and ckpt-0/tensor00000_000, tensor00001_000, ..."
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is not a directory; {layout}")
+    if directory.resolve().name == "ckpt-0" and (directory.resolve().parent / "config.json").exists():
+        directory = directory.resolve().parent
     tensors = directory / "ckpt-0" if (directory / "ckpt-0").is_dir() else directory
     if (directory / "config.json").exists():
         return Checkpoint(directory, tensors, GrokConfig.read(directory / "config.json"))
@@ -240,6 +242,8 @@ def _fault(checkpoint: Checkpoint, slot: Slot) -> str | None:
     if not path.exists():
         return "missing"
     released = RELEASED_SIZES[slot.param.path] if checkpoint.config == GROK_1 else None
+    if not path.is_file():
+        return "not a file"
     size = path.stat().st_size
     try:
         tensor = checkpoint.read(slot)

@@ -140,7 +140,7 @@ class Grok:
         top_k: int | None = None,
         seed: int | Sequence[int] = 0,
         stop_at_eos: bool = True,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         on_token: Callable[[TokenEvent], None] | None = None,
         capture: str | Iterable[str] | None = None,
     ) -> Trace | list[Trace]:
@@ -166,7 +166,7 @@ class Grok:
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected a whole number from 1")
         sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not all(isinstance(s, str) and s for s in stops):
             raise ValueError(f"stop={stop!r}: expected non-empty strings")
         if stops and self.tokenizer is None:
@@ -244,7 +244,8 @@ class Grok:
             run.run()
         if single and not jobs[0].finish:
             raise KeyboardInterrupt
-        traces = [self._trace(job, run) for job in jobs if job.finish]
+        given = [{name: _of(value, i) for name, value in sampling.items()} for i in range(len(jobs))]
+        traces = [self._trace(job, run, given[job.row]) for job in jobs if job.finish]
         return traces[0] if single else traces
 
     def _accept(self, job: Job, watch: "_Watch", token: int, logprob: float, *, stop_at_eos, stops, on_token):
@@ -260,13 +261,18 @@ class Grok:
         """Ids of each prompt, and whether `x` was one prompt rather than a list."""
         if isinstance(x, Trace):
             raise TypeError("got a Trace; give its ids, trace.tokens, or its text, trace.text")
-        if not isinstance(x, str | Sequence | np.ndarray):
+        if isinstance(x, str):
+            return [self._ids(x, 0, limit)], True
+        if isinstance(x, bytes | bytearray) or np.isscalar(x) or not hasattr(x, "__len__"):
             raise TypeError(f"a prompt is a text, token ids, or a list of either; got {type(x).__name__}")
-        single = isinstance(x, str) or len(x) == 0 or (np.ndim(x[0]) == 0 and not isinstance(x[0], str))
-        return [self._ids(p, i, limit) for i, p in enumerate([x] if single else x)], single
+        items = list(x)
+        single = not items or _is_number(items[0])
+        return [self._ids(p, i, limit) for i, p in enumerate([items] if single else items)], single
 
     def _ids(self, prompt: Prompt, index: int, limit: int) -> np.ndarray:
         name = f"prompt {index}"
+        if _is_number(prompt):
+            raise TypeError(f"{name} is one number; a prompt is a text or a sequence of ids")
         if len(prompt) == 0:
             raise ValueError(
                 f"{name} is empty; give at least one token (for free text the ids [{self.config.bos_token}], BOS)"
@@ -279,7 +285,10 @@ class Grok:
                 )
             ids = np.array([self.config.bos_token] * self.config.prompt_bos + self.tokenizer.encode(prompt), np.int32)
         else:
-            ids = np.asarray(prompt)
+            try:
+                ids = np.asarray(prompt)
+            except ValueError as err:
+                raise TypeError(f"{name} is neither a text nor a sequence of whole numbers: {err}") from err
             if ids.ndim != 1 or ids.dtype.kind not in "iu":
                 raise TypeError(
                     f"{name} is neither a text nor a sequence of whole numbers: {ids.dtype} of shape {ids.shape}"
@@ -297,7 +306,7 @@ class Grok:
             )
         return ids.astype(np.int32)
 
-    def _trace(self, job: Job, run: Run) -> Trace:
+    def _trace(self, job: Job, run: Run, sampling: dict) -> Trace:
         tokens = np.array(job.tokens, np.int32)
         n = len(job.prompt)
         if self.tokenizer is None:
@@ -308,13 +317,12 @@ class Grok:
             text = self.tokenizer.decode(tokens)
             stream = self.tokenizer.stream(following=True)
             continuation = "".join(stream(i) for i in tokens[n:]) + stream(None)
-        row = {f.name: getattr(run.sampling, f.name)[job.row].item() for f in dataclasses.fields(run.sampling)}
         meta = {
             "checkpoint": {"name": self._checkpoint.directory.name, "hash": self._hash},
             "config": dataclasses.asdict(self.config),
             "numerics": self.numerics,
             "weights": self._form,
-            "sampling": row if job.limit else None,
+            "sampling": sampling if job.limit else None,
             "shapes": {"slots": run.num_slots, "cache_length": run.cache_length},
             "edits": [],
             "finish": job.finish,
@@ -335,6 +343,15 @@ class Grok:
             layers={t: list(range(self.config.num_layers)) for t in captured if TAPS[t].layered},
             meta=meta,
         )
+
+
+def _is_number(x) -> bool:
+    return (np.isscalar(x) and not isinstance(x, str | bytes)) or getattr(x, "shape", None) == ()
+
+
+def _of(value, row: int):
+    """What the user gave for one prompt, as JSON has it."""
+    return value if value is None else np.asarray(value).flat[row if np.ndim(value) else 0].item()
 
 
 class _Watch:

@@ -12,17 +12,21 @@ import jax
 from grokscope.model.taps import TAPS, observed
 
 ROUTING = ("router_logits", "expert_index", "expert_gate")
-"""Captured unless told otherwise: 3 KiB a token at full size. Indices cannot be derived from edited logits."""
+"""Captured with whatever is asked for: 3 KiB a token at full size. Indices do not follow from edited logits."""
 
 
 def resolve(capture: str | Iterable[str] | None) -> tuple[str, ...]:
-    """Tap names in the order of TAPS; None means routing. Raises KeyError naming the nearest tap."""
-    names = ROUTING if capture is None else (capture,) if isinstance(capture, str) else tuple(capture)
+    """Tap names in the order of TAPS, routing among them unless `capture` is empty; None means routing alone.
+
+    Raises KeyError naming the nearest tap.
+    """
+    names = () if capture is None else (capture,) if isinstance(capture, str) else tuple(capture)
     for name in names:
         if name not in TAPS:
             near = difflib.get_close_matches(str(name), TAPS) or list(TAPS)
             raise KeyError(f"no tap named {name!r}; nearest: {', '.join(near)}")
-    return tuple(name for name in TAPS if name in names)
+    wanted = {*names, *ROUTING} if names or capture is None else ()
+    return tuple(name for name in TAPS if name in wanted)
 
 
 class _Recorder:

@@ -32,10 +32,10 @@ class Sampling:
         """numpy arrays of `count` rows; each value is one for all, or one a row. Raises ValueError naming the value."""
 
         def spread(name, value, dtype, valid, expected):
-            try:
-                array = np.broadcast_to(np.asarray(value), (count,))
-            except ValueError as err:
-                raise ValueError(f"{name} has {np.size(value)} values for {count} prompts") from err
+            array = np.asarray(value)
+            if array.ndim and array.shape != (count,):
+                raise ValueError(f"{name} has {array.size} values for {count} prompts")
+            array = np.broadcast_to(array, (count,))
             if array.dtype.kind not in "iuf" or not np.all(valid(array)):
                 raise ValueError(f"{name}={value!r}: expected {expected}")
             return array.astype(dtype)

@@ -72,10 +72,8 @@ class Trace:
         """
         name, *layer = key if isinstance(key, tuple) else (key,)
         if name not in self.taps:
-            near = difflib.get_close_matches(str(name), self.taps) or list(self.taps)
-            raise KeyError(
-                f"tap {name!r} was not captured; captured are {', '.join(near) or 'none'}: ask with capture="
-            )
+            near = "".join(f"; nearest: {n}" for n in difflib.get_close_matches(str(name), self.taps, n=1))
+            raise KeyError(f"tap {name!r} was not captured{near}; captured are {', '.join(self.taps) or 'none'}")
         value = self.taps[name]
         if layer:
             kept = self.layers.get(name)
@@ -139,7 +137,9 @@ class Trace:
         )
         if not wide:
             return frame
-        return frame.pivot(index=["position", "piece", "phase"], columns=["layer", "rank"], values=["expert", "gate"])
+        index, columns = ["position", "piece", "phase"], ["layer", "rank"]
+        wide_of = {name: frame.pivot(index=index, columns=columns, values=name) for name in ("expert", "gate")}
+        return pd.concat(wide_of, axis=1)
 
     def save(self, directory: Path | str) -> Path:
         """Writes a dump that grokscope.open reads back. See grokscope.run.dump."""
