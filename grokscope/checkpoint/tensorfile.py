@@ -24,6 +24,12 @@ NUMPY_2 = {("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT}
 GLOBALS = {QUANTIZED, RECONSTRUCT, NDARRAY, DTYPE, BFLOAT16}
 DTYPES = {"f4": np.dtype("<f4"), "i1": np.dtype("|i1"), BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
 
+CONSTANTS = {b"N": None, b"\x88": True, b"\x89": False, b")": ()}
+NUMBERS = {b"K": "<B", b"M": "<H", b"J": "<i"}
+BYTE_STRINGS = {b"C": "<B", b"B": "<I", b"\x8e": "<Q"}
+REFERENCES = {b"h": "<B", b"j": "<I"}
+"""The opcodes that push one value, with the form of the number behind them."""
+
 MAX_DIMS = 8
 FRAME_TARGET = 65536  # the pickler closes a frame of this size, and writes longer byte strings outside frames
 
@@ -129,77 +135,69 @@ class _Reader:
         """The object of the file. Raises TensorFileError at the first byte that the format does not have."""
         if self.take(2) != b"\x80\x04":
             raise self.fail(repr(self.data[:2].tobytes()), "a pickle of protocol 4 (bytes 80 04)", 0)
-        while True:
-            begin = self.at
-            code = self.take(1)
-            match code:
-                case b"\x95":  # frame: its length only tells a reader how far to buffer
-                    self.take(8)
-                case b"\x8c":
-                    self.stack.append(self.take(self.number("<B")).decode("utf-8", "replace"))
-                case b"\x94":
-                    self.memo.append(self.top())
-                case b"h" | b"j":
-                    index = self.number("<B" if code == b"h" else "<I")
-                    if index >= len(self.memo):
-                        raise self.fail(f"a reference to memo {index}", f"one below {len(self.memo)}", begin)
-                    self.stack.append(self.memo[index])
-                case b"C":
-                    self.stack.append(self.skip(self.number("<B")))
-                case b"B":
-                    self.stack.append(self.skip(self.number("<I")))
-                case b"\x8e":
-                    self.stack.append(self.skip(self.number("<Q")))
-                case b"K":
-                    self.stack.append(self.number("<B"))
-                case b"M":
-                    self.stack.append(self.number("<H"))
-                case b"J":
-                    self.stack.append(self.number("<i"))
-                case b"N" | b"\x88" | b"\x89":
-                    self.stack.append({b"N": None, b"\x88": True, b"\x89": False}[code])
-                case b"(":
-                    self.stack.append(_MARK)
-                case b")":
-                    self.stack.append(())
-                case b"\x85" | b"\x86" | b"\x87":
-                    items = [self.pop() for _ in range(code[0] - 0x84)]
-                    self.stack.append(tuple(items[::-1]))
-                case b"t":
-                    self.stack.append(tuple(self.since_mark()))
-                case b"}":
-                    self.stack.append({})
-                case b"u":
-                    items = self.since_mark()
-                    fields = self.top()
-                    if (
-                        not isinstance(fields, dict)
-                        or len(items) % 2
-                        or not all(isinstance(k, str) for k in items[::2])
-                    ):
-                        raise self.fail("items for something else than a dictionary", "weight and scales", begin)
-                    fields.update(zip(items[::2], items[1::2], strict=True))
-                case b"\x93":
-                    name, module = self.pop(), self.pop()
-                    if not isinstance(name, str) or not isinstance(module, str):
-                        raise self.fail("a name that is not text", "one of the five names of the format", begin)
-                    found = NUMPY_2.get((module, name), (module, name))
-                    if found not in GLOBALS:
-                        raise self.fail(f"the name {module}.{name}", "one of the five names of the format", begin)
-                    self.stack.append(found)
-                case b"\x81" | b"R":
-                    args, function = self.pop(), self.pop()
-                    self.stack.append(self.made(code, function, args, begin))
-                case b"b":
-                    state, target = self.pop(), self.pop()
-                    self.build(target, state, begin)
-                    self.stack.append(target)
-                case b".":
-                    if self.at != len(self.data):
-                        raise self.fail(f"{len(self.data) - self.at} bytes after the end", "nothing")
-                    return self.pop()
-                case _:
-                    raise self.fail(f"pickle opcode {code!r}", "one that arrays need", begin)
+        while (code := self.take(1)) != b".":
+            begin = self.at - 1
+            if code in CONSTANTS:
+                self.stack.append(CONSTANTS[code])
+            elif code in NUMBERS:
+                self.stack.append(self.number(NUMBERS[code]))
+            elif code in BYTE_STRINGS:
+                self.stack.append(self.skip(self.number(BYTE_STRINGS[code])))
+            elif code in REFERENCES:
+                self.stack.append(self.recall(self.number(REFERENCES[code]), begin))
+            else:
+                self.operate(code, begin)
+        if self.at != len(self.data):
+            raise self.fail(f"{len(self.data) - self.at} bytes after the end", "nothing")
+        return self.pop()
+
+    def recall(self, index: int, begin: int):
+        if index >= len(self.memo):
+            raise self.fail(f"a reference to memo {index}", f"one below {len(self.memo)}", begin)
+        return self.memo[index]
+
+    def operate(self, code: bytes, begin: int) -> None:
+        """An opcode that works on the stack."""
+        match code:
+            case b"\x95":  # frame: its length only tells a reader how far to buffer
+                self.take(8)
+            case b"\x8c":
+                self.stack.append(self.take(self.number("<B")).decode("utf-8", "replace"))
+            case b"\x94":
+                self.memo.append(self.top())
+            case b"(":
+                self.stack.append(_MARK)
+            case b"}":
+                self.stack.append({})
+            case b"\x85" | b"\x86" | b"\x87":
+                items = [self.pop() for _ in range(code[0] - 0x84)]
+                self.stack.append(tuple(items[::-1]))
+            case b"t":
+                self.stack.append(tuple(self.since_mark()))
+            case b"u":
+                items, fields = self.since_mark(), self.top()
+                if not isinstance(fields, dict) or len(items) % 2 or not all(isinstance(k, str) for k in items[::2]):
+                    raise self.fail("items for something else than a dictionary", "weight and scales", begin)
+                fields.update(zip(items[::2], items[1::2], strict=True))
+            case b"\x93":
+                self.stack.append(self.name(self.pop(), self.pop(), begin))
+            case b"\x81" | b"R":
+                args, function = self.pop(), self.pop()
+                self.stack.append(self.made(code, function, args, begin))
+            case b"b":
+                state, target = self.pop(), self.pop()
+                self.build(target, state, begin)
+                self.stack.append(target)
+            case _:
+                raise self.fail(f"pickle opcode {code!r}", "one that arrays need", begin)
+
+    def name(self, name, module, begin: int) -> tuple[str, str]:
+        if not isinstance(name, str) or not isinstance(module, str):
+            raise self.fail("a name that is not text", "one of the five names of the format", begin)
+        found = NUMPY_2.get((module, name), (module, name))
+        if found not in GLOBALS:
+            raise self.fail(f"the name {module}.{name}", "one of the five names of the format", begin)
+        return found
 
     def made(self, code: bytes, function, args, begin: int):
         match code, function, args:
