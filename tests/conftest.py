@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,14 @@ def shared(path: str) -> Path:
     if not (SHARED / path).exists():
         pytest.skip(f"../shared/{path} is not on this machine")
     return SHARED / path
+
+
+@pytest.fixture
+def listening():
+    """Ctrl-C raises KeyboardInterrupt, even where the tests run in the background and it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

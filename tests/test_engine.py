@@ -254,7 +254,7 @@ def test_interrupt_returns_what_there_is(grok):
     np.testing.assert_allclose(grok.trace(single.tokens)["router_logits"], single["router_logits"], atol=1e-4)
 
 
-def test_ctrl_c_while_it_runs(grok):
+def test_ctrl_c_while_it_runs(grok, listening):
     """A real SIGINT, which comes between two steps."""
     import _thread
 
@@ -267,7 +267,7 @@ def test_ctrl_c_while_it_runs(grok):
     assert 30 < len(trace) < 40
 
 
-def test_ctrl_c_ends_a_loop_of_traces(grok):
+def test_ctrl_c_ends_a_loop_of_traces(grok, listening):
     """It comes in the middle of a forward pass that then finishes: it must not be lost."""
     import _thread
 

@@ -303,10 +303,11 @@ def _landed(tree):
 @contextlib.contextmanager
 def _deferred_interrupt() -> Iterator[threading.Event]:
     """An event that Ctrl-C sets, so that no step is torn; it takes effect before the next step, layer of a prompt or
-    prompt. A second Ctrl-C interrupts at once. Other threads receive no Ctrl-C, and cannot set a handler."""
+    prompt. A second Ctrl-C interrupts at once. Other threads receive no Ctrl-C; a process that
+    ignores it, as one in the background of a shell does, goes on ignoring it."""
     interrupted = threading.Event()
     before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield interrupted
         return
 
