@@ -74,12 +74,13 @@ def test_nothing_is_generated_for_a_folder_that_is_taken(tmp_path):
 def test_ctrl_c(command, tmp_path):
     import signal
 
+    # The tests may run in the background, where Ctrl-C is ignored.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "grokscope", *command],
+        [sys.executable, "-u", "-c", f"{listen}; from grokscope.cli import main; main()", *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=tmp_path,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the tests may run where it is ignored
     )
     seen = b""
     while b"The" not in seen:
