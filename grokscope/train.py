@@ -313,15 +313,7 @@ def train(
         "data": {domain: [share, len(ids.ids[domain])] for domain, share in ids.weights.items()},
         "dtype": dtype,
     }
-    if (out / "recipe.json").exists():
-        before = json.loads((out / "recipe.json").read_text())
-        changed = [name for name in begun if before.get(name) != begun[name]]
-        if changed:
-            raise ValueError(
-                f"{out} was begun with another {' and '.join(changed)} (recipe.json there); choose a new --out"
-            )
-    else:
-        (out / "recipe.json").write_text(json.dumps(begun, indent=1))
+    _same_run(out, begun)
     if (out / "state.safetensors").exists():
         first, state = load_state(out / "state.safetensors", state)
 
@@ -331,17 +323,10 @@ def train(
             config, recipe, dtype, state, ids.batch(recipe.seed, step, recipe.batch, recipe.sequence_len)
         )
         if (step + 1) % 50 == 0 or step + 1 == recipe.steps:
-            share = np.asarray(parts["share"])
             timed = min(step % 50, step - first) + 1
             rate = timed * recipe.batch * recipe.sequence_len / (time.perf_counter() - clock)
             clock = time.perf_counter()
-            row = {name: round(float(parts[name]), 4) for name in ("nats", "load_balance", "router_z")}
-            row |= {
-                "step": step + 1,
-                "share_min": round(float(share.min()), 3),
-                "share_max": round(float(share.max()), 3),
-            }
-            row |= {"tokens_per_second": round(rate)}
+            row = _log_row(step + 1, parts, rate)
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
             report(row)
@@ -349,3 +334,27 @@ def train(
             save_state(out / "state.safetensors", step + 1, state)
     save_state(out / "state.safetensors", recipe.steps, state)
     return export(out / "checkpoint", config, state["params"], tokenizer)
+
+
+def _same_run(out: Path, begun: dict) -> None:
+    """Notes what a run began with, or raises ValueError if the run in `out` began with something else."""
+    path = out / "recipe.json"
+    if not path.exists():
+        path.write_text(json.dumps(begun, indent=1))
+    before = json.loads(path.read_text())
+    changed = [name for name in begun if before.get(name) != begun[name]]
+    if changed:
+        raise ValueError(
+            f"{out} was begun with another {' and '.join(changed)} (recipe.json there); choose a new --out"
+        )
+
+
+def _log_row(step: int, parts: dict, rate: float) -> dict:
+    share = np.asarray(parts["share"])
+    return {
+        "step": step,
+        **{name: round(float(parts[name]), 4) for name in ("nats", "load_balance", "router_z")},
+        "share_min": round(float(share.min()), 3),
+        "share_max": round(float(share.max()), 3),
+        "tokens_per_second": round(rate),
+    }
