@@ -5,7 +5,6 @@ Written apart from the package and importing nothing of it: files are read with 
 
 import json
 import pickle
-import sys
 import types
 from pathlib import Path
 
@@ -131,6 +130,3 @@ def logprobs(logits, tokens):
     table = logits - logits.max(axis=-1, keepdims=True)
     table = table - np.log(np.exp(table).sum(axis=-1, keepdims=True))
     return np.array([np.nan, *(table[i, t] for i, t in enumerate(tokens[1:]))])
-
-
-sys.modules.setdefault("oracle", sys.modules[__name__])

@@ -1,6 +1,6 @@
 """The Grok-1 network in Haiku, in reading order: norm, cache, attention, router, experts, layer, embedding.
 
-Equal to the released code at its taps (tests/test_golden.py), after `grok-1` facts: sandwich norms, capped attention
+Equal to the released code (tests/test_golden.py): norms before and after each half of a layer, capped attention
 scores, gates that are not renormalised, tied embedding with both multipliers. One layer is one function, traced once
 and called L times; all of its states come in and go out. The compute type is the type of the embedding table.
 

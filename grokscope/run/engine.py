@@ -126,7 +126,8 @@ class Grok:
     def trace(self, x: Prompts, capture: str | Iterable[str] | None = None) -> Trace | list[Trace]:
         """The forward pass of a text, of ids, or of a list of either (then one Trace each).
 
-        `capture` names taps (grokscope.TAPS); None is routing. Raises as `generate` does.
+        `capture` names taps (grokscope.TAPS), kept beside routing; None is routing alone, () nothing at all. Raises as
+        `generate` does.
         """
         return self._run(x, 0, capture, dict(temperature=0.0, top_p=1.0, top_k=None, seed=0), accept=None)
 
@@ -155,13 +156,13 @@ class Grok:
           stop_at_eos: end at EOS. An EOS in a prompt does not end it.
           stop: strings that end it; the token that completes one is kept.
           on_token: called with a TokenEvent as each token is read.
-          capture: taps to keep; None is routing, () nothing.
+          capture: taps to keep beside routing; None is routing alone, () nothing at all.
 
         On Ctrl-C the Traces of the finished and running prompts come back; meta["prompt"] says which.
 
         Raises:
           ValueError: an empty or too long prompt, an id outside the vocabulary, a text without tokenizer, bad sampling.
-          KeyError: an unknown tap. RuntimeError: closed, or generating in another thread.
+          KeyError: an unknown tap. RuntimeError: closed, or already running.
         """
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected a whole number from 1")
