@@ -22,6 +22,16 @@ _NAMES = {
     "load": "grokscope.run.engine",
     "Trace": "grokscope.run.trace",
     "open": "grokscope.run.dump",
+    "capture": "grokscope.run.captures",
+    "REDUCTIONS": "grokscope.run.captures",
+    "Edit": "grokscope.run.edits",
+    "scale": "grokscope.run.edits",
+    "add": "grokscope.run.edits",
+    "set": "grokscope.run.edits",
+    "patch": "grokscope.run.edits",
+    "ablate": "grokscope.run.edits",
+    "edit": "grokscope.run.edits",
+    "route": "grokscope.run.edits",
     "TAPS": "grokscope.model.taps",
     "Tokenizer": "grokscope.tokenizer",
     "verify": "grokscope.checkpoint.ckpt0",
@@ -35,7 +45,9 @@ if TYPE_CHECKING:
     from grokscope.config import GROK_1, GrokConfig
     from grokscope.model.taps import TAPS
     from grokscope.notebook import plots as plot
+    from grokscope.run.captures import REDUCTIONS, capture
     from grokscope.run.dump import open
+    from grokscope.run.edits import Edit, ablate, add, edit, patch, route, scale, set
     from grokscope.run.engine import Grok, Loss, TokenEvent, load
     from grokscope.run.trace import Trace
     from grokscope.tokenizer import Tokenizer

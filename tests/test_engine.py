@@ -357,19 +357,24 @@ def test_without_captures_the_plain_model_is_compiled(grok):
     import jax
 
     from grokscope.model import transformer
-    from grokscope.run import steps
+    from grokscope.run import hooks, steps
 
     params = grok._weights.layers[0]
     x = np.zeros((1, 4, grok.config.emb_size), np.float32)
     cache = transformer.KVCache.zeros(grok.config, 1, 32, np.float32)
-    rest = (x, cache, np.zeros(1, np.int32), np.ones((1, 4), bool))
-    plain = jax.make_jaxpr(lambda *a: transformer.layer(grok.config, *a)[:2])(params, *rest)
+    start, tokens, live = np.zeros(1, np.int32), np.zeros((1, 4), np.int32), np.ones((1, 4), bool)
 
-    def step(taps):
-        return jax.make_jaxpr(lambda *a: steps._layer(grok.config, taps, *a))(params, *rest)
+    def layer(params, x, cache, start, tokens, live):
+        return transformer.layer(grok.config, params, x, cache, start, live)[:2]
 
-    assert str(step(())) == str(plain)
-    assert str(step(("attn_pattern",))) != str(plain)
+    def step(stage, given=hooks.Given()):
+        return jax.make_jaxpr(lambda *a: steps._layer(grok.config, stage, *a, {}, given))(*arguments)
+
+    arguments = (params, x, cache, start, tokens, live)
+    plain = jax.make_jaxpr(layer)(*arguments)
+    assert str(step(hooks.PLAIN)) == str(plain)
+    looking = hooks.stage((hooks.CaptureKind("attn_pattern", "attn_pattern", ("attn_pattern",)),))
+    assert str(step(looking, hooks.Given(({},)))) != str(plain)
 
 
 def test_only_routing_is_kept_unless_asked(grok):

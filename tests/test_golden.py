@@ -6,6 +6,7 @@ import pytest
 import grokscope as gs
 from grokscope.model.transformer import KVCache
 from grokscope.run import steps
+from grokscope.run.hooks import PLAIN, CaptureKind, Given, stage
 
 CAPTURE = ["router_logits", "attn_pattern", "resid_post", "logits"]
 LENGTHS = (24, 17)  # row 1 is padded from position 17
@@ -22,11 +23,13 @@ def decoded(grok, ids, prompt_length):
     caches = [KVCache.zeros(config, 1, 32, dtype) for _ in weights.layers]
     found = []
     for begin, end in [(0, prompt_length), *((i, i + 1) for i in range(prompt_length, len(ids)))]:
-        x, _ = steps.embed(config, (), weights.ends, np.array([ids[begin:end]], np.int32))
+        tokens = np.array([ids[begin:end]], np.int32)
+        at, bare = (np.array([begin], np.int32), tokens, np.ones((1, end - begin), bool)), ({}, Given())
+        x, _ = steps.embed(config, PLAIN, weights.ends, tokens, at[0], at[2], *bare)
         for i, params in enumerate(weights.layers):
-            start, live = np.array([begin], np.int32), np.ones((1, end - begin), bool)
-            x, caches[i], _ = steps.layer(config, (), params, x, caches[i], start, live)
-        _, captured = steps.score(config, ("logits",), weights.ends, x, np.zeros((1, end - begin), np.int32))
+            x, caches[i], _ = steps.layer(config, PLAIN, params, x, caches[i], *at, *bare)
+        looking = stage((CaptureKind("logits", "logits", ("logits",)),))
+        _, captured = steps.score(config, looking, weights.ends, x, tokens, *at, {}, Given(({},)))
         found.append(np.asarray(captured["logits"])[0, -1].astype(np.float32))
     return np.stack(found)
 

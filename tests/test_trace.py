@@ -144,7 +144,7 @@ def test_plots(grok, trace):
     many = dataclasses.replace(
         trace,
         taps={n: np.concatenate([trace.taps[n]] * 11)[:64] for n in ("expert_index", "expert_gate", "router_logits")},
-        layers=dict.fromkeys(("expert_index", "expert_gate", "router_logits"), list(range(64))),
+        numbers=dict.fromkeys(("expert_index", "expert_gate", "router_logits"), {"L": list(range(64))}),
     )
     for one in (trace, many, grok.trace("prompt only")):
         for plot in (gs.plot.routing, gs.plot.expert_load):

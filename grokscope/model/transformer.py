@@ -223,13 +223,13 @@ class Experts(Module):
     def __call__(
         self, x: Float[Array, "B T D"], chosen: Int[Array, "B T K"], live: Bool[Array, "B T"]
     ) -> Float[Array, "B T K D"]:
-        """Output of each chosen expert, before its gate. Those of dead tokens mean nothing."""
-        num_experts, k = self.config.num_experts, self.config.num_selected_experts
+        """Output of each chosen expert, before its gate. Those of dead tokens, and of -1 (nobody), mean nothing."""
+        num_experts, k = self.config.num_experts, chosen.shape[-1]
         gate, up, down = (self.weight(name) for name in ("gate", "up", "down"))
         num_tokens = x.shape[0] * x.shape[1]
         tile = tile_size(num_tokens)
 
-        pairs = jnp.where(live[..., None], chosen, num_experts).reshape(num_tokens * k)
+        pairs = jnp.where(live[..., None] & (chosen >= 0), chosen, num_experts).reshape(num_tokens * k)
         order = jnp.argsort(pairs, stable=True)
         back = jnp.argsort(order)
         counts = jnp.sum(pairs[:, None] == jnp.arange(num_experts), axis=0)

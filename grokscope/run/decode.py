@@ -3,7 +3,8 @@
 A pass is layer-major. The host waits nowhere in the token loop: it reads the tokens of a step after it has dispatched
 that step's forward pass, so every token it sees has had one, the last and EOS too. Prefill runs in shapes of the
 prompt's own length; decode in shapes of the call: number of slots, and cache length, which holds the longest job. A
-job's numbers depend on these shapes, and not on what its neighbours are.
+job's numbers depend on these shapes, and not on what its neighbours are. Jobs are handed out as they are done, with
+their captures; what remains in memory is that of the jobs in the slots.
 """
 
 import contextlib
@@ -18,14 +19,16 @@ import numpy as np
 
 from grokscope.checkpoint.weights import Weights
 from grokscope.config import GrokConfig
-from grokscope.model.taps import TAPS
 from grokscope.model.transformer import MASKED, KVCache
 from grokscope.run import steps
+from grokscope.run.captures import Kept
+from grokscope.run.hooks import CaptureKind, Stage
 from grokscope.run.sampling import Sampling
+from grokscope.run.staging import Hooked, Hooks
 from grokscope.run.steps import COLUMNS, DecodeState
 
 BLOCKS = (1, 32, 128, 512)  # query lengths that are compiled
-MAX_SLOTS = 8
+BATCH_SIZE = 8  # slots, unless the caller says otherwise
 
 
 @dataclasses.dataclass
@@ -40,9 +43,10 @@ class Job:
       tokens: prompt and generated tokens; each has had its forward pass.
       logprobs: in nats, of the generated tokens while it runs; of all, with NaN first, when the run is over.
       finish: "length", what `accept` said, or "interrupt"; None while it waits or runs.
-      captures: {tap: numpy [L,] dims}, when the run is over.
+      captures: {key: numpy [L,] dims}, when it is done.
       slot, first_step: where and from which decode step on it ran.
-      prefilled: per block of the prompt, its log-probabilities and captures.
+      blocks, chunks: captures of its prompt and of its generated tokens on their way.
+      pools: its pools, one dictionary for each stage of a pass.
     """
 
     prompt: np.ndarray
@@ -55,7 +59,9 @@ class Job:
     captures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     slot: int = 0
     first_step: int = 0
-    prefilled: list[tuple] = dataclasses.field(default_factory=list)
+    blocks: list[tuple] = dataclasses.field(default_factory=list)
+    chunks: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)
+    pools: list[dict] = dataclasses.field(default_factory=list)
 
     @property
     def generated(self) -> int:
@@ -88,205 +94,386 @@ class Run:
     """
 
     def __init__(
-        self, config: GrokConfig, weights: Weights, taps: tuple[str, ...], sampling: Sampling, jobs: list[Job]
-    ):
-        self.config, self.weights, self.sampling, self.jobs = config, weights, sampling, jobs
+        self, config: GrokConfig, weights: Weights, hooks: Hooks, sampling: Sampling, jobs: list[Job], batch_size: int,
+        todo: list[Job] | None = None,
+    ):  # fmt: skip
+        """`todo`: those of the jobs that run; the rest only shape the call."""
+        self.config, self.weights, self.hooks, self.sampling = config, weights, hooks, sampling
         self.dtype = weights.ends["embedding"]["w"].dtype
-        self.layer_taps = tuple(t for t in taps if TAPS[t].layered)
-        self.embed_taps = tuple(t for t in taps if t == "embed")
-        self.head_taps = tuple(t for t in taps if t in ("final_norm", "logits"))
         self.method = sampling.method(config.vocab_size)
-        decoding = [job for job in jobs if job.limit]
-        self.num_slots = min(MAX_SLOTS, 1 << (len(decoding) - 1).bit_length()) if decoding else 0
-        self.cache_length = max((cache_length(len(j.prompt) + j.limit) for j in decoding), default=0)
-
-    def run(self) -> None:
-        """Runs all jobs, once. On Ctrl-C those that run finish as "interrupt", and those that wait stay unfinished; if
-        it came too late to cut anything short, KeyboardInterrupt is raised."""
-        self.waiting = deque(self.jobs)
+        self.num_slots, self.cache_length = shapes([(len(j.prompt), j.limit) for j in jobs], batch_size)
+        self.waiting = deque(jobs if todo is None else todo)
         self.slots: list[Job | None] = [None] * self.num_slots
+        self.ready: deque[Job] = deque()
+        self.landing: Job | None = None  # its prompt's captures are on their way
+        self.segments: list[tuple[Job, int, int]] = []  # steps of jobs that left their slot since the last flush
+        self.pending: tuple[dict, list] | None = None  # the last chunk, on its way, and the segments in it
         self.step = 0
-        self.chunks: list[dict] = []  # captures of COLUMNS decode steps each, all slots; the last still on its way
+        self.cut_short = self.over = False
         self._empty_slots()
-        with _deferred_interrupt() as interrupted:
-            try:
-                self._loop(interrupted)
-            except KeyboardInterrupt:
-                for job in filter(None, self.slots):
-                    job.finish = "interrupt"
-        if self.step % COLUMNS:
-            self._flush()
-        if interrupted.is_set() and all(job.finish not in (None, "interrupt") for job in self.jobs):
-            raise KeyboardInterrupt
-        self._collect()
 
-    def _loop(self, interrupted: threading.Event) -> None:
+    def results(self) -> Iterator[Job]:
+        """The jobs as they are done. On Ctrl-C those that run finish as "interrupt", and those that wait never come; if
+        it came too late to cut anything short, KeyboardInterrupt is raised at the end."""
+        pressed = False
         while True:
-            self._refill(interrupted)
-            if not any(self.slots):
-                return
-            if interrupted.is_set():
-                raise KeyboardInterrupt
-            fed = self.state
-            self._decode_step()
-            tokens, logprobs = np.asarray(fed.tokens), np.asarray(fed.logprobs)
-            for slot, job in enumerate(self.slots):
-                if job is None:
-                    continue
-                job.advance(int(tokens[slot]), float(logprobs[slot]))
-                if job.finish:
-                    self.slots[slot] = None
-                    self.state = steps.retired(self.state, slot)
+            with _deferred_interrupt() as interrupted:
+                while not self.ready and not self.over:
+                    try:
+                        self._turn(interrupted)
+                    except KeyboardInterrupt:
+                        self._cut_short()
+                pressed |= interrupted.is_set()
+            if not self.ready:
+                break
+            yield self.ready.popleft()
+        if pressed and not self.cut_short:
+            raise KeyboardInterrupt
+
+    def _cut_short(self) -> None:
+        running = [job for job in self.slots if job]
+        self.cut_short |= bool(running or self.waiting)
+        self.waiting.clear()
+        for job in running:
+            self._leave(job, "interrupt")
+
+    def _turn(self, interrupted: threading.Event) -> None:
+        """Prompts into free slots, one decode step, and its tokens read; at the end, what is still on its way."""
+        self._refill(interrupted)
+        if not any(self.slots):
+            self._land()
+            if self.segments:
+                self._flush()
+            self._land_chunk()
+            self.over = not self.waiting
+            return
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        fed = self.state
+        self._decode_step()
+        tokens, logprobs = np.asarray(fed.tokens), np.asarray(fed.logprobs)
+        if self.step % COLUMNS == 1:
+            self._land_chunk()
+        for slot, job in enumerate(self.slots):
+            if job is None:
+                continue
+            job.advance(int(tokens[slot]), float(logprobs[slot]))
+            if job.finish:
+                self._leave(job, job.finish)
+
+    def _leave(self, job: Job, finish: str) -> None:
+        """Frees the slot of a job that is finished."""
+        job.finish = finish
+        self.slots[job.slot] = None
+        self.state = steps.retired(self.state, job.slot)
+        if any(self._decode_pools()):
+            taken = _sent(steps.taken(self._decode_pools(), job.slot))
+            job.pools = [own | of_slot for own, of_slot in zip(job.pools, taken, strict=True)]
+        if not self.captures_decode or job.first_step == self.step:
+            self._done(job)
+        elif self.step % COLUMNS:  # else its last chunk is pending already
+            begin = max(job.first_step, self.step - self.step % COLUMNS)
+            self.segments.append((job, begin, self.step))
 
     # Prefill
 
     def _refill(self, interrupted: threading.Event) -> None:
         """Prefills waiting prompts: those without tokens to make are done with that, others take a free slot."""
-        previous = None
+        seated = False
         while self.waiting and (None in self.slots or not self.waiting[0].limit):
             job = self.waiting[0]
             caches, first = self._prefill(job, interrupted)
             self.waiting.popleft()
             job.tokens = job.prompt.tolist()
-            if previous is not None:
-                previous.prefilled = _landed(previous.prefilled)
-            previous = job
+            self._land()
+            self.landing = job
             if not job.limit:
                 job.finish = "length"
                 continue
             job.slot, job.first_step = self.slots.index(None), self.step
             self.caches = [steps.seated_cache(c, one, job.slot) for c, one in zip(self.caches, caches, strict=True)]
             self.state = steps.seated(self.state, first, job.slot)
+            self._seat_pools(job)
             self.slots[job.slot] = job
+            seated = True
+        if seated:
             rows = np.array([0 if j is None else j.row for j in self.slots])
             self.slot_sampling = jax.device_put(jax.tree.map(lambda a, rows=rows: a[rows], self.sampling))
+            self.hooked = self.hooks.decode([None if j is None else j.row for j in self.slots], self.cache_length)
 
     def _prefill(self, job: Job, interrupted: threading.Event) -> tuple[list[KVCache], DecodeState | None]:
         """Layer by layer, block by block; then the first new token, and the log-probabilities of the prompt."""
-        config, prompt = self.config, job.prompt
+        config, prompt, ends = self.config, job.prompt, self.weights.ends
         lengths = block_lengths(len(prompt))
+        hooked = self.hooks.prefill(job.row, cache_length(len(prompt)))
         padded = np.zeros((1, sum(lengths)), np.int32)
         padded[0, : len(prompt)] = prompt
         live = np.arange(padded.size)[None] < len(prompt)
         begins = np.cumsum([0, *lengths[:-1]], dtype=np.int32)
         cuts = [slice(b, b + n) for b, n in zip(begins, lengths, strict=True)]
+        at = [(begins[i : i + 1], padded[:, cut], live[:, cut]) for i, cut in enumerate(cuts)]
 
-        xs, captures = [], []
-        for cut in cuts:
-            x, captured = steps.embed(config, self.embed_taps, self.weights.ends, padded[:, cut])
+        xs, captures = [], [[] for _ in at]
+        pools = self.hooks.pools(hooked.embed.stage, 1)
+        for i, (start, tokens, alive) in enumerate(at):
+            x, captured = steps.embed(config, hooked.embed.stage, ends, tokens, start, alive, pools, hooked.embed.given)
+            pools = _split(hooked.embed, captured, captures[i])
             xs.append(x)
-            captures.append((captured, []))
+        job.pools = [pools]
         caches = []
-        for params in self.weights.layers:
+        for params, (stage, given) in zip(self.weights.layers, hooked.layers, strict=True):
             if interrupted.is_set():
                 raise KeyboardInterrupt
             cache = KVCache.zeros(config, 1, cache_length(len(prompt)), self.dtype)
-            for i, cut in enumerate(cuts):
-                xs[i], cache, captured = steps.layer(
-                    config, self.layer_taps, params, xs[i], cache, begins[i : i + 1], live[:, cut]
-                )
-                captures[i][1].append(captured)
+            pools = self.hooks.pools(stage, 1)
+            for i, place in enumerate(at):
+                xs[i], cache, captured = steps.layer(config, stage, params, xs[i], cache, *place, pools, given)
+                pools = _split((stage, given), captured, captures[i])
             caches.append(cache)
-        first = self._first(job, xs[-1], len(prompt) - 1 - begins[-1]) if job.limit else None
+            job.pools.append(pools)
+        first = self._first(job, xs[-1], len(prompt) - 1 - begins[-1], hooked) if job.limit else None
 
-        following = np.roll(padded, -1, axis=1)
-        for x, cut, (captured, by_layer) in zip(xs, cuts, captures, strict=True):
-            logprobs, of_head = steps.score(config, self.head_taps, self.weights.ends, x, following[:, cut])
-            layered = steps.stacked(by_layer) if self.layer_taps else {}
-            job.prefilled.append(_sent((logprobs, captured | layered | of_head)))
+        following = np.concatenate([padded[:, 1:], np.full((1, 1), -1)], axis=1).astype(np.int32)
+        following[0, len(prompt) - 1 :] = -1
+        pools = self.hooks.pools(hooked.head.stage, 1)
+        for i, (x, (start, tokens, alive)) in enumerate(zip(xs, at, strict=True)):
+            targets = following[:, start[0] : start[0] + tokens.shape[1]]
+            head = (start, tokens, alive, pools, hooked.head.given)
+            logprobs, captured = steps.score(config, hooked.head.stage, ends, x, np.maximum(targets, 0), *head)
+            pools = _split(hooked.head, captured, captures[i])
+            if first is not None and i == len(xs) - 1 and self.hooks.lenses:
+                targets = steps.noted(targets, first, len(prompt) - 1 - begins[-1])
+            job.blocks.append((int(start[0]), _sent((logprobs, self._stacked(captures[i], targets, job.row, start)))))
+        job.pools.append(pools)
         return caches, first
 
-    def _first(self, job: Job, x: jax.Array, last: int) -> DecodeState:
+    def _first(self, job: Job, x: jax.Array, last: int, hooked: Hooked) -> DecodeState:
         """The first generated token, drawn from the last position of the prompt."""
         sampling = jax.tree.map(lambda a: a[[job.row]], self.sampling)
         position = np.array([len(job.prompt) - 1], np.int32)
         state = dataclasses.replace(DecodeState.idle(1), positions=position, live=np.ones(1, bool))
         x = jax.lax.dynamic_slice_in_dim(x, last, 1, axis=1)
-        return steps.readout(self.config, (), self.method, self.weights.ends, x, state, sampling, {}, 0)[0]
+        stage, given = hooked.draw
+        return steps.readout(self.config, stage, self.method, self.weights.ends, x, state, sampling, {}, given, 0)[0]
 
     # Decode
 
     def _empty_slots(self) -> None:
         config, slots, length = self.config, self.num_slots, self.cache_length
-
-        def buffers(taps):
-            return {tap: steps.buffer(config, tap, slots, length, self.dtype) for tap in taps}
-
         self.caches = [KVCache.zeros(config, slots, length, self.dtype) for _ in self.weights.layers]
         self.state = DecodeState.idle(slots)
-        self.embed_buffers, self.head_buffers = buffers(self.embed_taps), buffers(self.head_taps)
-        self.layer_buffers = [buffers(self.layer_taps) for _ in self.weights.layers]
+        self.hooked = self.hooks.decode([None] * slots, length)
+        made = [self.hooks.buffers(place, slots, COLUMNS, length, self.dtype) for place in self.hooks.places]
+        self.embed_buffers, *self.layer_buffers, self.head_buffers = made if slots else [{} for _ in made]
+        self.captures_decode = any(not kind.pooled for stage in self._decode_stages() for kind in stage.captures)
+        self.targets = jax.numpy.full((slots, COLUMNS), -1, jax.numpy.int32) if self.hooks.lenses else None
+
+    def _decode_stages(self) -> list[Stage]:
+        return [staged.stage for staged in (self.hooked.embed, *self.hooked.layers, self.hooked.head)]
+
+    def _decode_pools(self) -> list[dict]:
+        buffers = [self.embed_buffers, *self.layer_buffers, self.head_buffers]
+        return [
+            {kind.key: own[kind.key] for kind in stage.captures if kind.pooled}
+            for stage, own in zip(self._decode_stages(), buffers, strict=True)
+        ]
+
+    def _seat_pools(self, job: Job) -> None:
+        """A job's pools into its slot; those that only its prompt has stay with the job."""
+        pools = self._decode_pools()
+        if not any(pools):
+            return
+        rows = [
+            {key: own.get(key, jax.tree.map(lambda a: jax.numpy.zeros_like(a[:1]), pool)) for key, pool in of.items()}
+            for of, own in zip(pools, job.pools, strict=True)
+        ]
+        pools = steps.seated_pools(pools, rows, job.slot)
+        for buffers, new in zip([self.embed_buffers, *self.layer_buffers, self.head_buffers], pools, strict=True):
+            buffers.update(new)
 
     def _decode_step(self) -> None:
         """Dispatches the forward pass of every slot's token, and the draw of the next one."""
         config, state, ends, column = self.config, self.state, self.weights.ends, self.step % COLUMNS
-        x, self.embed_buffers = steps.decode_embed(config, self.embed_taps, ends, state, self.embed_buffers, column)
-        for i, params in enumerate(self.weights.layers):
+        stage, given = self.hooked.embed
+        x, self.embed_buffers = steps.decode_embed(config, stage, ends, state, self.embed_buffers, given, column)
+        for i, (params, (stage, given)) in enumerate(zip(self.weights.layers, self.hooked.layers, strict=True)):
             x, self.caches[i], self.layer_buffers[i] = steps.decode_layer(
-                config, self.layer_taps, params, x, self.caches[i], state, self.layer_buffers[i], column
+                config, stage, params, x, self.caches[i], state, self.layer_buffers[i], given, column
             )
+        stage, given = self.hooked.head
         self.state, self.head_buffers = steps.readout(
-            config, self.head_taps, self.method, ends, x, state, self.slot_sampling, self.head_buffers, column
+            config, stage, self.method, ends, x, state, self.slot_sampling, self.head_buffers, given, column
         )
+        if self.targets is not None:
+            self.targets = steps.noted(self.targets, self.state, column)
         _sent((self.state.tokens, self.state.logprobs))
         self.step += 1
-        if self.step % COLUMNS == 0:
+        if self.step % COLUMNS == 0 and self.captures_decode:
             self._flush()
 
     def _flush(self) -> None:
-        """Sends the captures of the last COLUMNS steps to the host; those sent before have arrived by now."""
-        layered = steps.stacked(self.layer_buffers) if self.layer_taps else {}
-        ends = self.embed_buffers | self.head_buffers
-        self.chunks[-1:] = [_landed(chunk) for chunk in self.chunks[-1:]]
-        self.chunks.append(_sent(layered | (steps.stacked([ends]) if ends else {})))
+        """Sends the captures of the last steps, COLUMNS at most, to the host."""
+        self._land_chunk()
+        captures: list = []
+        buffers = [self.embed_buffers, *self.layer_buffers, self.head_buffers]
+        for stage, own in zip(self._decode_stages(), buffers, strict=True):
+            _split((stage, None), own, captures)
+        begin = self.step - (self.step % COLUMNS or COLUMNS)
+        running = [(job, max(job.first_step, begin), self.step) for job in self.slots if job]
+        chunk = _sent(self._stacked(captures, self.targets, None, None))
+        self.pending = chunk, [*self.segments, *running]
+        self.segments = []
+
+    def _stacked(self, captures: list[tuple[CaptureKind, str, jax.Array]], targets, prompt: int | None, start) -> dict:
+        """{key: [layers, B, ...]} of the captures of a block or of a chunk, lenses read out."""
+        by_key: dict[str, list[jax.Array]] = {}
+        for kind, key, value in captures:
+            if kind.reduce != "lens":
+                by_key.setdefault(key, []).append(value)
+                continue
+            following = targets
+            if kind.positions:
+                positions = self.hooks.padded_positions(kind.key, prompt)
+                following = targets[:, np.clip(positions - start[0], 0, targets.shape[1] - 1)]
+            read = steps.lens(self.config, kind.k, self.weights.ends, value, following)
+            for name, output in zip(kind.outputs, read, strict=True):
+                by_key.setdefault(name, []).append(output)
+        return steps.stacked(by_key) if by_key else {}
 
     # Captures on the host
 
-    def _collect(self) -> None:
-        self.chunks[-1:] = [_landed(chunk) for chunk in self.chunks[-1:]]
-        for job in self.jobs:
-            if job.finish is None:
+    def _land(self) -> None:
+        """The captures of the last prompt are here."""
+        job, self.landing = self.landing, None
+        if job is None:
+            return
+        n = len(job.prompt)
+        landed = []
+        for begin, (logprobs, captured) in _landed(job.blocks):
+            parts = {}
+            for kept in self.hooks.kept:
+                positions = self.hooks.prompt_positions(kept, job.row)
+                here = (positions >= begin) & (positions < begin + logprobs.shape[1])
+                for key, (dims, _) in {} if kept.pooled else kept.outputs().items():
+                    if key in captured:
+                        value = _row(captured[key], kept, 0)
+                        axis = dims.index("T") + (kept.layers is not None)
+                        at = here.nonzero()[0] if value.shape[axis] != logprobs.shape[1] else positions[here] - begin
+                        parts[key] = _cut(np.take(value, at, axis=axis), dims, n)
+            landed.append((logprobs[0], parts))
+        job.blocks = landed
+        if job.finish and not job.limit:
+            self._done(job)
+
+    def _land_chunk(self) -> None:
+        """The last chunk is here: each job gets its steps of it, and those that have all are done."""
+        if self.pending is None:
+            return
+        (chunk, segments), self.pending = self.pending, None
+        self._land()
+        chunk = _landed(chunk)
+        for job, begin, end in segments:
+            end = min(end, job.first_step + job.generated) if job.finish else end
+            positions = np.arange(begin, end) - job.first_step + len(job.prompt)
+            if end > begin:
+                job.chunks.append(self._segment(chunk, job, begin % COLUMNS, positions))
+            if job.finish:
+                self._done(job)
+
+    def _segment(self, chunk: dict, job: Job, column: int, positions: np.ndarray) -> dict[str, np.ndarray]:
+        parts = {}
+        for kept in self.hooks.kept:
+            if kept.pooled or not self.hooks.takes(kept, job.row):
                 continue
-            n, total = len(job.prompt), len(job.tokens)
-            logprobs, blocks = zip(*_landed(job.prefilled), strict=True)
-            job.prefilled.clear()
-            scored = np.concatenate([part[0] for part in logprobs])
-            job.logprobs = [np.nan, *scored[: n - 1].tolist(), *job.logprobs]
-            # Decode steps job.first_step + (0 ... generated - 1), and the chunks that hold them.
-            begin, end = job.first_step // COLUMNS, -(-(job.first_step + job.generated) // COLUMNS)
-            skipped = job.first_step - begin * COLUMNS
-            for tap in blocks[0]:
-                parts = [_row(tap, block[tap], 0) for block in blocks]
-                made = [_joined(tap, parts, total, slice(0, n))]
-                if job.generated:
-                    parts = [_row(tap, chunk[tap], job.slot) for chunk in self.chunks[begin:end]]
-                    made.append(_joined(tap, parts, total, slice(skipped, skipped + job.generated)))
-                job.captures[tap] = np.concatenate(made, axis=_axis(tap, "T"))
+            n, end = len(job.prompt), int(positions[-1]) + 1
+            at = np.flatnonzero(kept.where.mask(n, end)[positions[0] :]) + column
+            for key, (dims, _) in kept.outputs().items():
+                if key in chunk:
+                    value = _row(chunk[key], kept, job.slot)
+                    parts[key] = _cut(np.take(value, at, axis=dims.index("T") + (kept.layers is not None)), dims, end)
+        return parts
+
+    def _done(self, job: Job) -> None:
+        """Joins what a finished job has, and hands it out."""
+        if self.landing is job:
+            self._land()
+            if job in self.ready:
+                return
+        n, total = len(job.prompt), len(job.tokens)
+        scored = np.concatenate([logprobs for logprobs, _ in job.blocks])
+        job.logprobs = [np.nan, *scored[: n - 1].tolist(), *job.logprobs]
+        parts = [captured for _, captured in job.blocks] + job.chunks
+        for kept in self.hooks.kept:
+            if not self.hooks.takes(kept, job.row):
+                continue
+            if kept.pooled:
+                job.captures[kept.key] = _pooled(kept, _landed(job.pools))
+                continue
+            for key, (dims, _) in kept.outputs().items():
+                if own := [part[key] for part in parts if key in part]:
+                    job.captures[key] = _joined(own, dims, kept, total)
+            rank = job.captures.get(f"{kept.key}_rank") if kept.reduce == "lens" else None
+            if rank is not None and kept.where.mask(n, total)[-1]:
+                rank[..., -1] = -1  # nothing came after the last token
+        job.blocks, job.chunks, job.pools = [], [], []
+        self.ready.append(job)
 
 
-def _row(tap: str, value: np.ndarray, row: int) -> np.ndarray:
-    """One row of [L, B, ...]; taps without layers have L = 1 in a chunk and no such axis in a block."""
-    if TAPS[tap].layered:
-        return value[:, row]
-    return value.reshape(-1, *value.shape[-len(TAPS[tap].dims) :])[row]
+def shapes(lengths: list[tuple[int, int]], batch_size: int) -> tuple[int, int]:
+    """(slots, cache length) of the decode step for prompts of these lengths and limits; zeros if nothing is decoded."""
+    decoding = [(length, limit) for length, limit in lengths if limit]
+    slots = min(batch_size, 1 << (len(decoding) - 1).bit_length()) if decoding else 0
+    return slots, max((cache_length(length + limit) for length, limit in decoding), default=0)
 
 
-def _axis(tap: str, dim: str) -> int:
-    """Axis of a dim in a captured value without batch axis."""
-    return TAPS[tap].dims.index(dim) + TAPS[tap].layered
+def _split(staged, captured: dict, into: list) -> dict:
+    """The pools among what a stage captured; the rest goes `into` a list of (kind, key, value)."""
+    pools = {}
+    for kind in staged[0].captures:
+        for key in kind.in_step:
+            if kind.pooled:
+                pools[key] = captured[key]
+            else:
+                into.append((kind, key, captured[key]))
+    return pools
 
 
-def _joined(tap: str, parts: list[np.ndarray], total: int, positions: slice) -> np.ndarray:
-    """Parts joined along positions and cut to `positions`; the axis of keys, where there is one, made `total` long."""
-    joined = np.concatenate(parts, axis=_axis(tap, "T"))
-    joined = joined[(slice(None),) * _axis(tap, "T") + (positions,)]
-    if "S" not in TAPS[tap].dims:
-        return joined
-    axis = _axis(tap, "S")
-    joined = joined[(slice(None),) * axis + (slice(0, total),)]
-    missing = [(0, 0)] * joined.ndim
-    missing[axis] = (0, total - joined.shape[axis])
-    return np.pad(joined, missing, constant_values=MASKED if tap == "attn_scores" else 0)
+def _row(value: np.ndarray, kept: Kept, row: int) -> np.ndarray:
+    """One row of [layers, B, ...], without the axis of layers where the tap has none."""
+    return value[:, row] if kept.layers is not None else value[0, row]
+
+
+def _cut(value: np.ndarray, dims: str, length: int) -> np.ndarray:
+    """Keys beyond `length` left out."""
+    return value[..., :length] if dims.endswith("S") else value
+
+
+def _joined(parts: list[np.ndarray], dims: str, kept: Kept, total: int) -> np.ndarray:
+    """Parts joined along positions; the axis of keys, where there is one, made `total` long."""
+    if dims.endswith("S"):
+        fill = MASKED if kept.tap == "attn_scores" else 0
+        spare = [[(0, 0)] * (part.ndim - 1) + [(0, max(total - part.shape[-1], 0))] for part in parts]
+        parts = [np.pad(p[..., :total], s, constant_values=fill) for p, s in zip(parts, spare, strict=True)]
+    return np.concatenate(parts, axis=dims.index("T") + (kept.layers is not None))
+
+
+def _pooled(kept: Kept, places: list[dict]) -> np.ndarray:
+    """The result of the pools of a job, stacked over layers. A pool has one row, or none if it comes from a slot."""
+    found = []
+    for pools in places:
+        if kept.key not in pools:
+            continue
+        pool = pools[kept.key]
+        if kept.reduce == "count":
+            found.append(pool.reshape(pool.shape[-1 - bool(kept.classes) :]))
+            continue
+        number, mean, *spread = (np.asarray(a) for a in pool)
+        if number.ndim:
+            number, mean, *spread = (a[0] for a in (number, mean, *spread))
+        found.append(np.stack([mean, spread[0] / max(number, 1)]) if spread else mean)
+    value = np.stack(found)
+    value = value if kept.layers is not None else value[0]
+    return value[..., list(kept.numbers)] if kept.reduce == "count" and kept.axis else value
 
 
 def _sent(tree):

@@ -1,12 +1,13 @@
 """Grok: a loaded model that traces and generates. `load` is where a session begins."""
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import importlib.metadata
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -16,10 +17,12 @@ from grokscope import look
 from grokscope.checkpoint import weights as weights_module
 from grokscope.checkpoint.ckpt0 import Checkpoint, Progress, open_checkpoint
 from grokscope.config import GrokConfig
-from grokscope.model.taps import TAPS
-from grokscope.run import hooks
-from grokscope.run.decode import Job, Run
+from grokscope.run import captures, edits
+from grokscope.run.captures import Wish
+from grokscope.run.decode import BATCH_SIZE, Job, Run
 from grokscope.run.sampling import Sampling
+from grokscope.run.staging import Hooks, misses
+from grokscope.run.staging import Sequence as Length
 from grokscope.run.trace import Trace
 from grokscope.tokenizer import Tokenizer
 
@@ -123,13 +126,13 @@ class Grok:
         self._hash = checkpoint.hash()
         self._busy = threading.Lock()
 
-    def trace(self, x: Prompts, capture: str | Iterable[str] | None = None) -> Trace | list[Trace]:
+    def trace(self, x: Prompts, capture: Wish | Iterable[Wish] | None = None) -> Trace | list[Trace]:
         """The forward pass of a text, of ids, or of a list of either (then one Trace each).
 
-        `capture` names taps (grokscope.TAPS), kept beside routing; None is routing alone, () nothing at all. Raises as
-        `generate` does.
+        `capture`: names of taps (grokscope.TAPS) and grokscope.capture(...), kept beside routing; None is routing
+        alone, () nothing at all. Raises as `generate` does.
         """
-        return self._run(x, 0, capture, dict(temperature=0.0, top_p=1.0, top_k=None, seed=0), accept=None)
+        return self._all(x, 0, capture, dict(temperature=0.0, top_p=1.0, top_k=None, seed=0), BATCH_SIZE, accept=None)
 
     def generate(
         self,
@@ -143,7 +146,8 @@ class Grok:
         stop_at_eos: bool = True,
         stop: str | Sequence[str] | None = None,
         on_token: Callable[[TokenEvent], None] | None = None,
-        capture: str | Iterable[str] | None = None,
+        capture: Wish | Iterable[Wish] | None = None,
+        batch_size: int = BATCH_SIZE,
     ) -> Trace | list[Trace]:
         """Continues a text, ids, or a list of either: one Trace each, in float32 equal to running each alone.
 
@@ -156,24 +160,65 @@ class Grok:
           stop_at_eos: end at EOS. An EOS in a prompt does not end it.
           stop: strings that end it; the token that completes one is kept.
           on_token: called with a TokenEvent as each token is read.
-          capture: taps to keep beside routing; None is routing alone, () nothing at all.
+          capture: what to keep beside routing: names of taps, grokscope.capture(...), or a list of these; None is
+            routing alone, () nothing at all.
+          batch_size: prompts that run at once; a new one takes the place of one that ends.
 
         On Ctrl-C the Traces of the finished and running prompts come back; meta["prompt"] says which.
 
         Raises:
-          ValueError: an empty or too long prompt, an id outside the vocabulary, a text without tokenizer, bad sampling.
-          KeyError: an unknown tap. RuntimeError: closed, or already running.
+          ValueError: an empty or too long prompt, an id outside the vocabulary, a text without tokenizer, bad sampling;
+            a capture or an edit that is about nothing. KeyError: an unknown tap. RuntimeError: closed, or already
+            running.
         """
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected a whole number from 1")
         sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        if not all(isinstance(s, str) and s for s in stops):
-            raise ValueError(f"stop={stop!r}: expected non-empty strings")
-        if stops and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and this checkpoint has none; stop in on_token instead")
-        accept = functools.partial(self._accept, stop_at_eos=stop_at_eos, stops=stops, on_token=on_token)
-        return self._run(x, int(max_new_tokens), capture, sampling, accept)
+        accept = self._accepting(stop_at_eos, stop, on_token)
+        return self._all(x, _limit(max_new_tokens), capture, sampling, batch_size, accept)
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int = 64,
+        *,
+        ordered: bool = True,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        seed: int | Sequence[int] = 0,
+        stop_at_eos: bool = True,
+        stop: str | Sequence[str] | None = None,
+        on_token: Callable[[TokenEvent], None] | None = None,
+        capture: Wish | Iterable[Wish] | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> Iterator[Trace]:
+        """The Traces of `generate` one by one, as they are done, so that memory holds those under way alone.
+
+        `ordered`: in the order of the prompts; else whichever is ready. meta["prompt"] says which it is. The model is
+        busy until the iterator is at its end or closed. The rest is as in `generate`, errors too; they come at once.
+        """
+        sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        ids, single = self._prompts(prompts, _limit(max_new_tokens))
+        if single:
+            raise TypeError("stream takes a list of prompts; for one there is generate")
+        accept = self._accepting(stop_at_eos, stop, on_token)
+        return self._traces(self._prepared(ids, max_new_tokens, capture, sampling, batch_size, accept), ordered)
+
+    def edits(self, *changes: "edits.Edit") -> contextlib.AbstractContextManager[None]:
+        """`with grok.edits(...):` calls of this thread run with these edits, after those of a `with` around it.
+
+        A call reads them once, when it starts. Raises, before anything runs, KeyError for an unknown tap, TypeError or
+        ValueError for what this model does not have.
+        """
+        edits.changes(changes, self.config)
+        return self._with_edits(changes)
+
+    @contextlib.contextmanager
+    def _with_edits(self, changes: tuple) -> Iterator[None]:
+        token = _EDITS.set((*_EDITS.get(), *((self, change) for change in changes)))
+        try:
+            yield
+        finally:
+            _EDITS.reset(token)
 
     def loss(self, x: Prompts) -> Loss:
         """Mean loss of a text, of ids, or over a list of either. The first token of each is given, not predicted."""
@@ -230,24 +275,57 @@ class Grok:
         finally:
             self._busy.release()
 
-    def _run(self, x: Prompts, limit: int, capture, sampling: dict, accept) -> Trace | list[Trace]:
-        taps = hooks.resolve(capture)
+    def _accepting(self, stop_at_eos: bool, stop, on_token):
+        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        if not all(isinstance(s, str) and s for s in stops):
+            raise ValueError(f"stop={stop!r}: expected non-empty strings")
+        if stops and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this checkpoint has none; stop in on_token instead")
+        return functools.partial(self._accept, stop_at_eos=stop_at_eos, stops=stops, on_token=on_token)
+
+    def _all(self, x: Prompts, limit: int, capture, sampling: dict, batch_size, accept) -> Trace | list[Trace]:
         prompts, single = self._prompts(x, limit)
+        prepared = self._prepared(prompts, limit, capture, sampling, batch_size, accept)
+        traces = sorted(self._traces(prepared, ordered=False), key=lambda trace: trace.meta["prompt"])
+        if single and not traces:
+            raise KeyboardInterrupt
+        return traces[0] if single else traces
+
+    def _prepared(self, prompts: list[np.ndarray], limit: int, capture, sampling: dict, batch_size, accept) -> "_Call":
+        """A call, checked, with the edits of this moment."""
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r}: expected a whole number from 1")
+        kept = captures.resolve(capture, self.config)
+        made = tuple(change for grok, change in _EDITS.get() if grok is self)
+        changes = edits.changes(made, self.config)
+        hooks = Hooks(self.config, kept, changes, [Length(len(prompt), limit) for prompt in prompts])
+        for missed in misses(hooks, (*kept, *changes)):
+            what = f"capture {missed.key!r}" if isinstance(missed, captures.Kept) else f"edit of {missed.kind.tap}"
+            lengths = sorted({len(prompt) for prompt in prompts})
+            raise ValueError(
+                f"the {what} is about no position: prompts have {lengths[0]} to {lengths[-1]} tokens, {limit} may "
+                f"follow, and it asks for {missed.where.json()}"
+            )
         rows = Sampling.rows(len(prompts), self.config.vocab_size, **sampling)
         jobs = [Job(prompt, limit, i, lambda *_: None) for i, prompt in enumerate(prompts)]
         if accept is not None:
             for job in jobs:
                 job.accept = functools.partial(accept, job, _Watch(self.tokenizer))
+        return _Call(hooks, rows, jobs, int(batch_size), sampling, [edit.json() for edit in made])
+
+    def _traces(self, call: "_Call", ordered: bool) -> Iterator[Trace]:
         with self._alone():
             if self._weights is None:
                 raise RuntimeError("this Grok was closed; load it again")
-            run = Run(self.config, self._weights, taps, rows, jobs)
-            run.run()
-        if single and not jobs[0].finish:
-            raise KeyboardInterrupt
-        given = [{name: _of(value, i) for name, value in sampling.items()} for i in range(len(jobs))]
-        traces = [self._trace(job, run, given[job.row]) for job in jobs if job.finish]
-        return traces[0] if single else traces
+            run = Run(self.config, self._weights, call.hooks, call.rows, call.jobs, call.batch_size)
+            done: dict[int, Trace] = {}
+            following = 0
+            for job in run.results():
+                done[job.row] = self._trace(job, run, call)
+                while done and (not ordered or following in done):
+                    yield done.pop(following if ordered else next(iter(done)))
+                    following += 1
+            yield from (done[row] for row in sorted(done))  # after an interrupt
 
     def _accept(self, job: Job, watch: "_Watch", token: int, logprob: float, *, stop_at_eos, stops, on_token):
         """Reports a token; says why to stop after it."""
@@ -307,7 +385,7 @@ class Grok:
             )
         return ids.astype(np.int32)
 
-    def _trace(self, job: Job, run: Run, sampling: dict) -> Trace:
+    def _trace(self, job: Job, run: Run, call: "_Call") -> Trace:
         tokens = np.array(job.tokens, np.int32)
         n = len(job.prompt)
         if self.tokenizer is None:
@@ -323,15 +401,16 @@ class Grok:
             "config": dataclasses.asdict(self.config),
             "numerics": self.numerics,
             "weights": self._form,
-            "sampling": sampling if job.limit else None,
+            "sampling": {n: _of(v, job.row) for n, v in call.sampling.items()} if job.limit else None,
             "shapes": {"slots": run.num_slots, "cache_length": run.cache_length},
-            "edits": [],
+            "edits": call.edits,
             "finish": job.finish,
             "prompt": job.row,
             "device": jax.devices()[0].device_kind,
             "versions": versions(),
         }
-        captured = [t for t in TAPS if t in job.captures]
+        dims, numbers = _axes(run.hooks, job)
+        taps, job.captures = job.captures, {}
         return Trace(
             tokens=tokens,
             pieces=pieces,
@@ -339,11 +418,52 @@ class Grok:
             continuation=continuation,
             prompt_length=n,
             logprobs=np.array(job.logprobs, np.float32),
-            taps={t: job.captures[t] for t in captured},
-            dims={t: "L" * TAPS[t].layered + TAPS[t].dims for t in captured},
-            layers={t: list(range(self.config.num_layers)) for t in captured if TAPS[t].layered},
+            taps=taps,
+            dims=dims,
+            numbers=numbers,
             meta=meta,
         )
+
+
+_EDITS: contextvars.ContextVar[tuple[tuple[Grok, "edits.Edit"], ...]] = contextvars.ContextVar("edits", default=())
+"""Of this thread or task: the edits of the `with` statements around it, each with its model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call that was checked and has not begun."""
+
+    hooks: Hooks
+    rows: Sampling
+    jobs: list[Job]
+    batch_size: int
+    sampling: dict
+    edits: list[dict]
+
+
+def _limit(max_new_tokens) -> int:
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected a whole number from 1")
+    return int(max_new_tokens)
+
+
+def _axes(hooks: Hooks, job: Job) -> tuple[dict[str, str], dict[str, dict[str, list[int]]]]:
+    """Dims of what a job captured, and the numbers along its axes that do not simply count."""
+    dims, numbers = {}, {}
+    for kept in hooks.kept:
+        for key, (letters, _) in kept.outputs().items():
+            if key not in job.captures:
+                continue
+            dims[key] = "L" * (kept.layers is not None) + letters
+            own = numbers[key] = {}
+            if kept.layers is not None:
+                own["L"] = list(kept.layers)
+            if kept.axis:
+                own[kept.axis] = list(kept.numbers)
+            mask = kept.where.mask(len(job.prompt), len(job.tokens))
+            if not mask.all() or kept.pooled:
+                own["T"] = np.flatnonzero(mask).tolist()
+    return dims, numbers
 
 
 def _is_number(x) -> bool:

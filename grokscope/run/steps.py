@@ -1,8 +1,9 @@
 """The compiled steps of a run: embed, one layer, score a block of a prompt, read out the next token.
 
-Each is jitted once per (configuration, captured taps, shapes); a layer's step serves every layer. In prefill captures
-are outputs. In decode they are written into a donated buffer of COLUMNS positions per layer and tap, so that looking
+Each is jitted once per (configuration, stage of hooks, shapes); a layer's step serves every layer. In prefill captures
+are outputs. In decode they are written into a donated buffer of COLUMNS positions per layer and capture, so that looking
 costs no dispatch and no transfer a step; a full buffer is stacked over layers, and only that copy goes to the host.
+Pools, captures reduced over positions, go through the steps as the cache does.
 """
 
 import dataclasses
@@ -14,8 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grokscope.config import GrokConfig
 from grokscope.model import transformer
-from grokscope.model.taps import TAPS
-from grokscope.run.hooks import with_hooks
+from grokscope.run.hooks import At, Stage, with_hooks
 from grokscope.run.sampling import Method, Sampling, choose
 
 COLUMNS = 64  # decode steps between two transfers of captures
@@ -44,20 +44,23 @@ class DecodeState:
         return cls(zeros, zeros.astype(jnp.float32), zeros, zeros.astype(bool))
 
 
-def position_axis(tap: str) -> int:
-    """Axis of positions in a captured value, batch axis included."""
-    return 1 + TAPS[tap].dims.index("T")
-
-
-def _embed(config: GrokConfig, taps: tuple[str, ...], params, tokens: Int[Array, "B T"]):
+def _embed(config: GrokConfig, stage: Stage, params, tokens: Int[Array, "B T"], start, live, pools, given):
     """Stream [B, T, D] before the first layer, and captures."""
-    return with_hooks(transformer.embed, taps)(config, params, tokens)
+    at = _at(stage, start, tokens, live)
+    return with_hooks(transformer.embed, stage)(given, pools, at, config, params, tokens)
 
 
-def _layer(config: GrokConfig, taps: tuple[str, ...], params, x, cache, start, live):
-    """One layer over a block x [B, T, D] at positions start [B] ...; live [B, T]. Stream, cache and captures."""
-    (x, cache, _), captured = with_hooks(transformer.layer, taps)(config, params, x, cache, start, live)
+def _layer(config: GrokConfig, stage: Stage, params, x, cache, start, tokens, live, pools, given):
+    """One layer over a block x [B, T, D] at positions start [B] ...; tokens, live [B, T]. Stream, cache and captures."""
+    at = _at(stage, start, tokens, live)
+    run = with_hooks(transformer.layer, stage)
+    (x, cache, _), captured = run(given, pools, at, config, params, x, cache, start, live)
     return x, cache, captured
+
+
+def _at(stage: Stage, start: Int[Array, " B"], tokens: Int[Array, "B T"], live: Bool[Array, "B T"]) -> At | None:
+    """Where hooks stand; nothing is computed where there are none."""
+    return At(start[:, None] + jnp.arange(tokens.shape[1]), tokens, live) if stage else None
 
 
 embed = jax.jit(_embed, static_argnums=(0, 1))
@@ -65,10 +68,22 @@ layer = jax.jit(_layer, static_argnums=(0, 1), donate_argnums=(4,))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def score(config: GrokConfig, taps: tuple[str, ...], params, x, following: Int[Array, "B T"]):
+def score(config: GrokConfig, stage: Stage, params, x, following: Int[Array, "B T"], start, tokens, live, pools, given):
     """Log-probability [B, T] of each position's next token, and captures."""
-    logits, captured = with_hooks(transformer.unembed, taps)(config, params, x)
+    at = _at(stage, start, tokens, live)
+    logits, captured = with_hooks(transformer.unembed, stage)(given, pools, at, config, params, x)
     return _logprob(logits.astype(jnp.float32), following), captured
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def lens(config: GrokConfig, k: int, params, x: Float[Array, "B T D"], following: Int[Array, "B T"]):
+    """The k best next tokens at a stream, their log-probabilities, and the rank from 0 of the one that followed."""
+    logits = transformer.unembed(config, params, x).astype(jnp.float32)
+    values, best = jax.lax.top_k(logits, k)
+    logprobs = values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    own = jnp.take_along_axis(logits, jnp.maximum(following, 0)[..., None], axis=-1)
+    rank = jnp.sum(logits > own, axis=-1, dtype=jnp.int32)
+    return best.astype(jnp.int32), logprobs, jnp.where(following < 0, -1, rank)
 
 
 def _logprob(logits: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Float[Array, "*B"]:
@@ -77,55 +92,75 @@ def _logprob(logits: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Float[Array
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 6))
-def decode_layer(config: GrokConfig, taps: tuple[str, ...], params, x, cache, state: DecodeState, buffers, column):
+def decode_layer(config: GrokConfig, stage: Stage, params, x, cache, state: DecodeState, buffers, given, column):
     """`layer` for the one position [B, 1, D] of each slot; captures go into column `column` of the buffers."""
-    x, cache, captured = _layer(config, taps, params, x, cache, state.positions, state.live[:, None])
-    return x, cache, _written(buffers, captured, column)
+    at = (state.positions, state.tokens[:, None], state.live[:, None])
+    x, cache, captured = _layer(config, stage, params, x, cache, *at, buffers, given)
+    return x, cache, _written(stage, buffers, captured, column)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
-def decode_embed(config: GrokConfig, taps: tuple[str, ...], params, state: DecodeState, buffers, column):
-    x, captured = _embed(config, taps, params, state.tokens[:, None])
-    return x, _written(buffers, captured, column)
+def decode_embed(config: GrokConfig, stage: Stage, params, state: DecodeState, buffers, given, column):
+    tokens, live = state.tokens[:, None], state.live[:, None]
+    x, captured = _embed(config, stage, params, tokens, state.positions, live, buffers, given)
+    return x, _written(stage, buffers, captured, column)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(7,))
 def readout(
     config: GrokConfig,
-    taps: tuple[str, ...],
+    stage: Stage,
     method: Method,
     params,
     x,
     state: DecodeState,
     sampling: Sampling,
     buffers,
+    given,
     column,
 ):
     """Draws the token after each row's position from the stream [B, 1, D]: next state, and buffers."""
-    logits, captured = with_hooks(transformer.unembed, taps)(config, params, x)
+    at = At(state.positions[:, None], state.tokens[:, None], state.live[:, None])
+    logits, captured = with_hooks(transformer.unembed, stage)(given, buffers, at, config, params, x)
     logits = logits[:, 0].astype(jnp.float32)
     tokens = choose(method, logits, state.positions + 1, sampling)
     state = DecodeState(tokens, _logprob(logits, tokens), state.positions + 1, state.live)
-    return state, _written(buffers, captured, column)
+    return state, _written(stage, buffers, captured, column)
 
 
-def _written(buffers: dict, captured: dict, column) -> dict:
+def _written(stage: Stage, buffers: dict, captured: dict, column) -> dict:
+    """Captures of one position a slot in column `column`; pools as they have become."""
+    axes = {key: kind.time_axis for kind in stage.captures for key in kind.in_step}
     return {
-        tap: jax.lax.dynamic_update_slice_in_dim(buffers[tap], value, column, axis=position_axis(tap))
-        for tap, value in captured.items()
+        key: value
+        if axes[key] is None
+        else jax.lax.dynamic_update_slice_in_dim(buffers[key], value, column, axis=axes[key])
+        for key, value in captured.items()
     }
 
 
-def buffer(config: GrokConfig, tap: str, slots: int, cache_length: int, dtype) -> jax.Array:
-    """An empty capture buffer of one layer: the tap's dims behind the slots, COLUMNS positions."""
-    lengths = config.dims | {"T": COLUMNS, "S": cache_length}
-    return jnp.zeros((slots, *(lengths[d] for d in TAPS[tap].dims)), TAPS[tap].dtype or dtype)
+@functools.partial(jax.jit, donate_argnums=(0,))
+def noted(targets: Int[Array, "B N"], state: DecodeState, column) -> Int[Array, "B N"]:
+    """The token that each slot draws next, in column `column`."""
+    return jax.lax.dynamic_update_slice_in_dim(targets, state.tokens[:, None], column, axis=1)
 
 
 @jax.jit
-def stacked(layers: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-    """{tap: [L, B, ...]} from one dictionary a layer, as copies that the host may look at."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+def stacked(captures: dict[str, list[jax.Array]]) -> dict[str, jax.Array]:
+    """{key: [layers, B, ...]}, as copies that the host may look at."""
+    return {key: jnp.stack(layers) for key, layers in captures.items()}
+
+
+@jax.jit
+def seated_pools(pools: list[dict], rows: list[dict], slot) -> list[dict]:
+    """The pools of one prompt in place of the slot's."""
+    return jax.tree.map(lambda all_, one: all_.at[slot].set(one[0]), pools, rows)
+
+
+@jax.jit
+def taken(pools: list[dict], slot) -> list[dict]:
+    """The pools of a slot, as copies."""
+    return jax.tree.map(lambda all_: all_[slot], pools)
 
 
 @jax.jit

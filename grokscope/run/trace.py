@@ -26,6 +26,9 @@ COORDINATES = {
     "D": "channel",
     "F": "channel",
     "V": "token",
+    "N": "best",
+    "M": "moment",
+    "Y": "class",
 }
 """Name of the numbers along each dimension letter."""
 
@@ -42,7 +45,8 @@ class Trace:
       logprobs: float32 [T], nats.
       taps: {name: array} in the type of the run (bfloat16 kept); `trace[name]` gives float32 or int32.
       dims: {name: letters of its axes}, "L" in front for taps of a layer.
-      layers: {name: layer numbers along its first axis}.
+      numbers: {name: {letter: what its axis numbers}} where an axis does not simply count: layers, and selected heads,
+        experts and positions ("T" of what was reduced over positions: those it is over).
       meta: checkpoint, config, numerics, sampling, edits, versions, finish, prompt (index among those of the call).
     """
 
@@ -54,11 +58,16 @@ class Trace:
     logprobs: np.ndarray
     taps: dict[str, np.ndarray]
     dims: dict[str, str]
-    layers: dict[str, list[int]]
+    numbers: dict[str, dict[str, list[int]]]
     meta: dict[str, Any]
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def layers(self) -> dict[str, list[int]]:
+        """{name: layer numbers along its first axis}, of those that have one."""
+        return {name: own["L"] for name, own in self.numbers.items() if "L" in own}
 
     @property
     def phase(self) -> np.ndarray:
@@ -89,11 +98,45 @@ class Trace:
 
     def coords(self, tap: str) -> dict[str, np.ndarray]:
         """{axis name: its numbers}, in the order of the axes of trace[tap]: layer, position, head, expert, ..."""
-        value = self[tap]
-        numbers = [np.arange(n) for n in value.shape]
-        if tap in self.layers:
-            numbers[0] = np.array(self.layers[tap])
-        return {COORDINATES[d]: n for d, n in zip(self.dims[tap], numbers, strict=True)}
+        self[tap, self.layers[tap][0]] if self.layers.get(tap) else self[tap]  # KeyError
+        own = self.numbers.get(tap, {})
+        axes = zip(self.dims[tap], self.taps[tap].shape, strict=True)
+        return {COORDINATES[d]: np.array(own[d]) if d in own else np.arange(n) for d, n in axes}
+
+    def attention(self, layers=None, heads=None, positions=None) -> np.ndarray:
+        """Attention rows [layer, head, position, key_position], float32, computed from captured q and k.
+
+        layers, heads, positions: an int or a list of numbers each; None is all that were captured. Capture with
+        grokscope.capture("attn_pattern", later=True). Raises KeyError if q or k is missing.
+        """
+        if missing := [name for name in ("q", "k") if name not in self.taps]:
+            raise KeyError(
+                f"attention needs the taps q and k, and this Trace lacks {' and '.join(missing)}; "
+                'capture them, or grokscope.capture("attn_pattern", later=True)'
+            )
+        config, held = self.meta["config"], self.coords("q")
+        chosen = {}
+        for axis, wanted in (("layer", layers), ("head", heads), ("position", positions)):
+            numbers = held[axis] if wanted is None else np.atleast_1d(wanted)
+            absent = [n for n in numbers if n not in held[axis]]
+            if absent:
+                raise KeyError(f"{axis} {absent[0]} of 'q' was not kept; kept are {held[axis].tolist()}")
+            chosen[axis] = numbers
+        if len(self.coords("k")["position"]) < len(self):
+            raise KeyError("attention needs 'k' at all positions")
+        share = config["num_q_heads"] // config["num_kv_heads"]
+        rows = np.searchsorted(held["position"], chosen["position"])
+        columns = [held["head"].tolist().index(h) for h in chosen["head"]]
+        groups = [self.coords("k")["kv_head"].tolist().index(h // share) for h in chosen["head"]]
+        hidden = np.arange(len(self)) > chosen["position"][:, None]
+        found = np.empty((len(chosen["layer"]), len(columns), len(rows), len(self)), np.float32)
+        for i, layer in enumerate(chosen["layer"]):
+            q, k = self["q", layer][rows][:, columns], self["k", layer][:, groups]
+            scores = np.einsum("thc,shc->hts", q, k) * (config["attn_output_multiplier"] / 30)
+            scores = np.where(hidden, -np.inf, 30 * np.tanh(scores))
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            found[i] = weights / weights.sum(-1, keepdims=True)
+        return found
 
     def to_pandas(self, table: str, *, wide: bool = False) -> "pd.DataFrame":
         """A tidy table.
@@ -115,18 +158,26 @@ class Trace:
         experts, gates, logits = self["expert_index"], self["expert_gate"], self["router_logits"]
         shifted = np.exp(logits - logits.max(-1, keepdims=True))
         probs = shifted / shifted.sum(-1, keepdims=True)
+        if (
+            len({str(self.numbers[name] | {"E": None}) for name in ("expert_index", "expert_gate", "router_logits")})
+            > 1
+        ):
+            raise ValueError(
+                "the router table needs router_logits, expert_index and expert_gate of the same layers and positions"
+            )
         num_layers, length, k = experts.shape
         rows = np.indices((length, num_layers, k)).reshape(3, -1)
-        position, layer, rank = rows
+        position, layer, rank = rows[:, experts[rows[1], rows[0], rows[2]] >= 0]  # -1: nobody was chosen
+        positions = self.coords("expert_index")["position"]
 
         def chosen(values):
-            return np.take_along_axis(values, experts, axis=-1)[layer, position, rank]
+            return np.take_along_axis(values, np.maximum(experts, 0), axis=-1)[layer, position, rank]
 
         frame = pd.DataFrame(
             {
-                "position": position,
-                "piece": np.array(self.pieces, object)[position],
-                "phase": self.phase[position],
+                "position": positions[position],
+                "piece": np.array(self.pieces, object)[positions[position]],
+                "phase": self.phase[positions[position]],
                 "layer": np.array(self.layers["expert_index"])[layer],
                 "rank": rank,
                 "expert": experts[layer, position, rank],

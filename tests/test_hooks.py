@@ -1,0 +1,509 @@
+"""Captures, reductions and edits, against the numpy oracle and against plain runs."""
+
+import json
+import threading
+
+import jax
+import numpy as np
+import oracle
+import pytest
+
+import grokscope as gs
+
+TOKENS = [5, 0, 9, 11, 44, 8, 96, 3, 7]
+NEW = 70  # more than a buffer of decode steps holds
+
+
+@pytest.fixture(scope="module")
+def small(random_checkpoint):
+    with gs.load(random_checkpoint) as grok:
+        yield grok
+
+
+@pytest.fixture(scope="module")
+def truth(small, random_checkpoint):
+    """Generated tokens and the oracle's taps of them."""
+    tokens = small.generate(TOKENS, NEW, stop_at_eos=False, capture=()).tokens
+    return tokens, oracle.forward(*oracle.read_checkpoint(random_checkpoint), tokens)
+
+
+def made(small, *wishes):
+    return small.generate(TOKENS, NEW, stop_at_eos=False, capture=wishes)
+
+
+def close(found, expected, atol=1e-4):
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=atol)
+
+
+# Captures
+
+
+def test_selectors(small, truth):
+    _, taps = truth
+    trace = made(
+        small,
+        gs.capture("attn_pattern", layers=[2, 0], heads=[3, 1], positions=[1, 4, 70]),
+        gs.capture("k", heads=-1, phase="decode"),
+        gs.capture("resid_post", positions="last"),
+        gs.capture("resid_pre", positions=slice(-2, 12), layers=slice(1, None)),
+        gs.capture("router_probs", experts=[6, 2], steps=slice(0, None, 30)),
+        gs.capture("logits", positions=-1),
+    )
+    close(trace["attn_pattern"], taps["attn_pattern"][[0, 2]][:, [3, 1]][:, :, [1, 4, 70]])
+    close(trace["k"], taps["k"][:, len(TOKENS) :, [1]])
+    close(trace["resid_post"], taps["resid_post"][:, [8]])
+    close(trace["resid_pre"], taps["resid_pre"][1:, 7:12])
+    close(trace["router_probs"], taps["router_probs"][:, [9, 39, 69]][..., [6, 2]])
+    close(trace["logits"], taps["logits"][[8]])
+    assert trace.coords("attn_pattern")["layer"].tolist() == [0, 2]
+    assert trace.coords("attn_pattern")["head"].tolist() == [3, 1]
+    assert trace.coords("attn_pattern")["position"].tolist() == [1, 4, 70]
+    assert trace.coords("router_probs")["position"].tolist() == [9, 39, 69]
+    close(trace["attn_pattern", 2], trace["attn_pattern"][1])
+
+
+def test_prompts_are_selected(small):
+    traces = small.generate(
+        [TOKENS, TOKENS[:4], TOKENS], 5, stop_at_eos=False, capture=gs.capture("resid_post", prompts=[0, -1])
+    )
+    assert ["resid_post" in t.taps for t in traces] == [True, False, True]
+    assert traces[0]["resid_post"].shape == (3, 14, 48)
+
+
+def test_reductions(small, truth):
+    tokens, taps = truth
+    labels = np.arange(97) % 3 - 1
+    trace = made(
+        small,
+        gs.capture("attn_pattern", reduce="entropy", heads=[1, 2]),
+        gs.capture("router_logits", reduce="entropy"),
+        gs.capture("attn_pattern", reduce="topk", k=3),
+        gs.capture("router_logits", reduce="topk", k=8),
+        gs.capture("resid_post", reduce="norm"),
+        gs.capture("expert_out", reduce="norm"),
+        gs.capture("resid_post", reduce="mean", layers=1),
+        gs.capture("attn_z", reduce="moments", positions=slice(2, 50)),
+        gs.capture("expert_index", reduce="count"),
+        gs.capture("expert_index", reduce="count", labels=labels, name="by_class", phase="decode"),
+        gs.capture("resid_mid", reduce="lens", k=4),
+        gs.capture("final_norm", reduce="mean"),
+        gs.capture("embed", reduce="lens", k=1, positions=[0, 3, 40]),
+    )
+    pattern, probs = taps["attn_pattern"], taps["router_probs"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        close(trace["attn_pattern.entropy"], -np.nansum(pattern * np.log(pattern), -1)[:, [1, 2]])
+    close(trace["router_logits.entropy"], -(probs * np.log(probs)).sum(-1))
+    order = np.argsort(-pattern, -1, kind="stable")[..., :3]
+    later = np.arange(len(tokens)) >= 2
+    assert (trace["attn_pattern.topk"][..., later, :] == order[..., later, :]).mean() > 0.99
+    close(trace["attn_pattern.topk_value"], -np.sort(-pattern, -1)[..., :3])
+    assert (trace["attn_pattern.topk"][:, :, 0] == [0, -1, -1]).all()
+    close(trace["router_logits.topk_value"], -np.sort(-taps["router_logits"], -1))
+    close(trace["resid_post.norm"], np.linalg.norm(taps["resid_post"], axis=-1))
+    close(trace["expert_out.norm"], np.linalg.norm(taps["expert_out"], axis=-1))
+    close(trace["resid_post.mean"], taps["resid_post"][1:2].mean(1))
+    part = taps["attn_z"][:, 2:50]
+    close(trace["attn_z.moments"], np.stack([part.mean(1), part.var(1)], 1))
+    assert trace.numbers["attn_z.moments"]["T"] == list(range(2, 50))
+    chosen = taps["expert_index"][..., None] == np.arange(8)
+    assert (trace["expert_index.count"] == chosen.sum((1, 2))).all()
+    by_class = [chosen[:, 9:][:, labels[tokens[9:]] == c].sum((1, 2)) for c in (0, 1)]
+    assert (trace["by_class"] == np.stack(by_class, 1)).all()
+    close(trace["final_norm.mean"], taps["final_norm"].mean(0))
+    lens = oracle_lens(small, taps["resid_mid"])
+    assert (trace["resid_mid.lens"] == np.argsort(-lens, -1)[..., :4]).mean() > 0.99
+    close(trace["resid_mid.lens_logprob"], -np.sort(-lens, -1)[..., :4])
+    target = np.take_along_axis(lens[:, :-1], tokens[None, 1:, None], -1)
+    rank = (lens[:, :-1] > target).sum(-1)
+    assert (trace["resid_mid.lens_rank"][:, :-1] == rank).mean() > 0.99
+    assert (trace["resid_mid.lens_rank"][:, -1] == -1).all()
+    close(trace["embed.lens_logprob"][:, 0], oracle_lens(small, taps["embed"]).max(-1)[[0, 3, 40]])
+
+
+def oracle_lens(grok, stream):
+    config, weights = oracle.read_checkpoint(grok._checkpoint.directory)
+    logits = oracle.norm(stream, weights["final_norm"]) @ weights["embedding"].T * config.output_multiplier_scale
+    return np.log(oracle.softmax(logits))
+
+
+def test_spellings(small):
+    def taps(*wishes):
+        return {t: trace.layers.get(t) for t in trace.taps} if (trace := small.trace([5, 6], capture=wishes)) else None
+
+    assert taps("blocks.1.attn.hook_pattern")["attn_pattern"] == [1]
+    assert taps("blocks.*.hook_resid_post")["resid_post"] == [0, 1, 2]
+    assert {"resid_pre", "resid_mid", "resid_post"} <= set(taps("resid_*"))
+    both = taps("*", gs.capture("q", layers=2))
+    assert both["q"] == [2]
+    assert set(both) == set(gs.TAPS)
+    assert taps(gs.capture("router_logits", layers=0))["router_logits"] == [0]
+
+
+def test_attention_afterwards(small, truth):
+    _, taps = truth
+    trace = made(small, gs.capture("attn_pattern", later=True, layers=[0, 2]))
+    assert "attn_pattern" not in trace.taps
+    close(trace.attention(), taps["attn_pattern"][[0, 2]])
+    close(trace.attention(layers=2, heads=[3], positions=[4, 70]), taps["attn_pattern"][[2]][:, [3]][:, :, [4, 70]])
+    with pytest.raises(KeyError, match="needs the taps"):
+        made(small).attention()
+    with pytest.raises(KeyError, match="layer 1 of 'q' was not kept"):
+        trace.attention(layers=1)
+
+
+@pytest.mark.parametrize(
+    ("wish", "error", "words"),
+    [
+        (lambda: "resid_pots", KeyError, "nearest: resid_post"),
+        (lambda: "blocks.3.hook_resid_post", KeyError, "nearest"),
+        (lambda: gs.capture("resid_post", layers=3), ValueError, "layers 0 to 2"),
+        (lambda: gs.capture("resid_post", heads=0), ValueError, "resid_post has no heads"),
+        (lambda: gs.capture("attn_pattern", heads=4), ValueError, "heads 0 to 3"),
+        (lambda: gs.capture("resid_post", reduce="entropie"), ValueError, "nearest: entropy"),
+        (lambda: gs.capture("resid_post", reduce="entropy"), ValueError, "it has norm, lens, mean, moments"),
+        (lambda: gs.capture("resid_post", positions=500), ValueError, "is about no position"),
+        (lambda: gs.capture("resid_post", positions="first"), ValueError, '"last"'),
+        (lambda: gs.capture("resid_post", layers="all"), TypeError, "an int, a list of ints or a slice"),
+        (lambda: gs.capture("resid_post", phase="prefil"), ValueError, "prefill"),
+        (lambda: gs.capture("resid_post", prompts=4), ValueError, "prompts 0 to 0"),
+        (lambda: gs.capture("resid_post", steps=-1), ValueError, "counted from 0"),
+        (lambda: gs.capture("logits", layers=1), ValueError, "has no layers"),
+        (lambda: gs.capture("expert_index", reduce="count", labels=[0, 1]), ValueError, "one for each of 97"),
+        (lambda: ["resid_post", gs.capture("resid_post", layers=1)], ValueError, "captured twice"),
+        (lambda: 7, TypeError, "int"),
+    ],
+)
+def test_impossible_captures(small, wish, error, words):
+    with pytest.raises(error, match=words):
+        small.generate([5, 6], 3, capture=wish())
+
+
+# Edits: the oracle with the edit applied by hand
+
+
+def edited_oracle(grok, tokens, change):
+    """The oracle's taps with change(name, layer, value, taps) -> value at each tap of a layer."""
+
+    config, weights = oracle.read_checkpoint(grok._checkpoint.directory)
+    x = weights["embedding"][tokens] * config.embedding_multiplier_scale
+    layers = []
+    for layer in range(config.num_layers):
+        w = {name.split("/")[1]: value for name, value in weights.items() if name.startswith(f"{layer}/")}
+        here = {"resid_pre": change("resid_pre", layer, x)}
+        x = here["resid_pre"]
+        attended = {}
+        oracle.attention(attended, config, w, oracle.norm(x, w["norm_0"]))
+        z = here["attn_z"] = change("attn_z", layer, attended["attn_z"])
+        out = z.reshape(len(tokens), -1) @ w["out"]
+        here["attn_delta"] = change("attn_delta", layer, oracle.norm(out, w["norm_1"]))
+        x = x + here["attn_delta"]
+        normed = oracle.norm(x, w["norm_2"])
+        logits = here["router_logits"] = change("router_logits", layer, normed @ w["router"])
+        probs = oracle.softmax(logits)
+        index = np.argsort(-probs, -1, kind="stable")[:, : config.num_selected_experts]
+        choice = [[(e, probs[t, e]) for e in index[t]] for t in range(len(tokens))]
+        choice = here["choice"] = change("choice", layer, (choice, probs))[0]
+        mixed = np.zeros_like(x)
+        for t, pairs in enumerate(choice):
+            for e, gate in pairs:
+                hidden = oracle.gelu(normed[t] @ w["gate"][e]) * (normed[t] @ w["up"][e])
+                mixed[t] += gate * change("expert_out", layer, (hidden @ w["down"][e], t, e))[0]
+        here["moe_delta"] = change("moe_delta", layer, oracle.norm(mixed, w["norm_3"]))
+        x = x + here["moe_delta"]
+        here["resid_post"] = x = change("resid_post", layer, x)
+        layers.append(here)
+    return {name: [here[name] for here in layers] for name in layers[0]}
+
+
+def at(tap, layers, fn):
+    return lambda name, layer, value: fn(value) if name == tap and layer in layers else value
+
+
+def rechosen(layers, fn):
+    """A change of the choice of experts: fn([(expert, gate)], probs) -> [(expert, gate)]."""
+
+    def change(value):
+        choice, probs = value
+        return [fn(pairs, p) for pairs, p in zip(choice, probs, strict=True)], probs
+
+    return at("choice", layers, change)
+
+
+def times(value, factor, index):
+    value = value.copy()
+    value[index] *= factor
+    return value
+
+
+def forced(experts):
+    def choose(pairs, probs):
+        mass, total = sum(g for _, g in pairs), probs[experts].sum()
+        return [(e, mass * probs[e] / total) for e in sorted(experts, key=lambda e: -probs[e])]
+
+    return choose
+
+
+VECTOR = np.linspace(-2, 2, 48)
+
+EDITS = {
+    "scale": (lambda: gs.scale("moe_delta", 3.0, layers=1), at("moe_delta", [1], lambda v: 3 * v)),
+    "scale_head": (lambda: gs.scale("attn_z", -2, heads=1), at("attn_z", [0, 1, 2], lambda v: times(v, -2, np.s_[:, 1]))),
+    "add": (lambda: gs.add("resid_post", VECTOR, layers=[0]), at("resid_post", [0], lambda v: v + VECTOR)),
+    "set_last": (
+        lambda: gs.set("resid_pre", 0.5, layers=-1, positions=[3]),
+        at("resid_pre", [2], lambda v: np.where(np.arange(len(v))[:, None] == 3, 0.5, v)),
+    ),
+    "ablate_heads": (lambda: gs.ablate(heads=[0, 3], layers=1), at("attn_z", [1], lambda v: times(v, 0, np.s_[:, [0, 3]]))),
+    "ablate_experts": (
+        lambda: gs.ablate(experts=[2, 5], layers=slice(1, 3)),
+        at("expert_out", [1, 2], lambda v: (v[0] * (v[2] not in (2, 5)), *v[1:])),
+    ),
+    "ablate_layers": (
+        lambda: gs.ablate(layers=1),
+        lambda name, layer, v: v * 0 if layer == 1 and name in ("attn_delta", "moe_delta") else v,
+    ),
+    "ban": (
+        lambda: gs.route.ban(experts=[1, 4], layers=0),
+        at("router_logits", [0], lambda v: np.where(np.isin(np.arange(8), [1, 4]), -np.inf, v)),
+    ),
+    "bias": (lambda: gs.route.bias(np.arange(8) / 4), at("router_logits", [0, 1, 2], lambda v: v + np.arange(8) / 4)),
+    "force": (lambda: gs.route.force([3], layers=1), rechosen([1], forced([3]))),
+    "force_wide": (lambda: gs.route.force([6, 0, 2], layers=2), rechosen([2], forced([6, 0, 2]))),
+    "swap": (
+        lambda: gs.route.swap(2, 7),
+        rechosen([0, 1, 2], lambda pairs, _: [({2: 7, 7: 2}.get(e, e), g) for e, g in pairs]),
+    ),
+    "top_1": (lambda: gs.route.top_k(1, layers=1), rechosen([1], lambda pairs, _: pairs[:1])),
+    "top_4": (
+        lambda: gs.route.top_k(4, layers=1),
+        rechosen([1], lambda _, probs: [(e, probs[e]) for e in np.argsort(-probs)[:4]]),
+    ),
+    "uniform": (lambda: gs.route.gates("uniform"), rechosen([0, 1, 2], lambda pairs, _: [(e, 0.5) for e, _ in pairs])),
+    "renormalised": (
+        lambda: gs.route.gates("renormalised"),
+        rechosen([0, 1, 2], lambda pairs, _: [(e, g / sum(h for _, h in pairs)) for e, g in pairs]),
+    ),
+    "function": (
+        lambda: gs.edit("resid_post", halve_odd_layers),
+        at("resid_post", [1], lambda v: v / 2),
+    ),
+}  # fmt: skip
+
+
+def halve_odd_layers(value, layer, positions):
+    return jax.numpy.where(layer % 2 == 1, value / 2, value)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edits_equal_the_oracle(small, name):
+    """Prompt and generated tokens alike."""
+    edit, change = EDITS[name]
+    with small.edits(edit()):
+        trace = small.generate(TOKENS, 6, stop_at_eos=False, capture=["resid_post", "router_logits"])
+    expected = edited_oracle(small, trace.tokens, change)
+    close(trace["resid_post"], np.stack(expected["resid_post"]), atol=3e-4)
+    for layer, choice in enumerate(expected["choice"]):
+        found = trace["expert_index", layer]
+        assert [[e for e in row if e >= 0] for row in found.tolist()] == [[e for e, _ in row] for row in choice]
+    plain = small.trace(trace.tokens, capture="resid_post")
+    assert np.abs(plain["resid_post"] - trace["resid_post"]).max() > 1e-3, "the edit does nothing"
+
+
+def test_patch(small):
+    """From another Trace, by a map of positions; a whole patch makes the rest equal."""
+    other = small.trace([9, 8, 7, 6], capture="resid_post")
+    with small.edits(gs.patch(other, "resid_post", layers=1, positions={5: 2, -1: 3})):
+        trace = small.trace(TOKENS, capture="resid_post")
+    plain = small.trace(TOKENS, capture="resid_post")
+    close(trace["resid_post", 1][[5, 8]], other["resid_post", 1][[2, 3]], atol=0)
+    rest = [0, 1, 2, 3, 4, 6, 7]
+    close(trace["resid_post", 1][rest], plain["resid_post", 1][rest], atol=0)
+    assert np.abs(trace["resid_post", 2] - plain["resid_post", 2])[5:].max() > 1e-3
+    with small.edits(gs.patch(other, "resid_post", layers=2)):
+        close(
+            small.trace([1, 2, 3, 4], capture="logits")["logits"], small.trace([9, 8, 7, 6], capture="logits")["logits"]
+        )
+    with pytest.raises(KeyError, match="was not captured"), small.edits(gs.patch(other, "q")):
+        pass
+    with (
+        pytest.raises(ValueError, match="reads position 9"),
+        small.edits(gs.patch(other, "resid_post", positions={1: 9})),
+    ):
+        small.trace(TOKENS)
+
+
+def test_identities_change_nothing(small):
+    wish = ["logits", "resid_post"]
+    plain = small.generate(TOKENS, 8, stop_at_eos=False, capture=wish)
+    identity = [gs.scale("moe_delta", 1), gs.add("resid_post", 0), gs.route.bias(np.zeros(8)), gs.route.top_k(2),
+                gs.patch(small.trace(TOKENS, capture="attn_z"), "attn_z", phase="prefill")]  # fmt: skip
+    with small.edits(*identity):
+        edited = small.generate(TOKENS, 8, stop_at_eos=False, capture=wish)
+    assert (edited.tokens == plain.tokens).all()
+    for tap in plain.taps:
+        close(edited[tap], plain[tap], atol=2e-5)
+
+
+def test_a_batch_with_an_edit_each(small):
+    edits = [gs.scale("moe_delta", 0.1 * i, layers=i % 3, prompts=i, phase="decode") for i in range(10)]
+    edits += [gs.route.ban(experts=i % 8, prompts=i) for i in range(10)]
+    prompts = [TOKENS[: 2 + i % 5] for i in range(10)]
+    with small.edits(*edits):
+        together = small.generate(prompts, 12, stop_at_eos=False, capture="resid_post")
+    for i in (0, 4, 9):
+        with small.edits(gs.scale("moe_delta", 0.1 * i, layers=i % 3, phase="decode"), gs.route.ban(experts=i % 8)):
+            alone = small.generate(prompts[i], 12, stop_at_eos=False, capture="resid_post")
+        assert (alone.tokens == together[i].tokens).all()
+        close(alone["resid_post"], together[i]["resid_post"])
+
+
+def test_edits_nest_and_end(small):
+    plain = small.trace(TOKENS, capture="logits")["logits"]
+    with pytest.raises(ZeroDivisionError), small.edits(gs.ablate(layers=0)):
+        with small.edits(gs.ablate(layers=1)):
+            assert len(small.trace(TOKENS).meta["edits"]) == 2
+        assert small.trace(TOKENS).meta["edits"] == [{"op": "ablate", "layers": [0]}]
+        found = []
+        thread = threading.Thread(target=lambda: found.append(small.trace(TOKENS).meta["edits"]))
+        thread.start()
+        thread.join()
+        assert found == [[]]
+        1 / 0
+    assert (small.trace(TOKENS, capture="logits")["logits"] == plain).all()
+
+
+def test_edits_as_json():
+    edits = [gs.scale("attn_z", 0.5, heads=[1, 2], positions=slice(2, None)), gs.route.ban(experts=3, layers=1),
+             gs.add("resid_post", [1.0, 2.0], phase="decode"), gs.ablate(experts=1), gs.route.force([1, 2])]  # fmt: skip
+    for edit in edits:
+        text = json.dumps(edit.json())
+        assert gs.Edit.from_json(json.loads(text)).json() == edit.json()
+    with pytest.raises(ValueError, match="cannot be read back"):
+        gs.Edit.from_json(gs.edit("q", halve_odd_layers).json())
+
+
+def test_decode_edits_spare_the_first_token(small):
+    plain = small.generate(TOKENS, 6, stop_at_eos=False)
+    with small.edits(gs.set("logits", np.eye(97)[42] * 100, phase="decode")):
+        edited = small.generate(TOKENS, 6, stop_at_eos=False)
+    assert edited.tokens[9] == plain.tokens[9]
+    assert edited.tokens[10:].tolist() == [42] * 5
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "words"),
+    [
+        (lambda: gs.scale("resid_pots", 2), KeyError, "nearest: resid_post"),
+        (lambda: gs.add("resid_post", [1.0, 2.0]), ValueError, "does not fit"),
+        (lambda: gs.scale("resid_post", 2, layers=9), ValueError, "layers 0 to 2"),
+        (lambda: gs.scale("resid_post", 2, heads=1), ValueError, "has no heads"),
+        (lambda: gs.scale("resid_post", "x"), TypeError, "a number"),
+        (lambda: gs.scale("resid_post", 2, layer=1), TypeError, "selectors are"),
+        (lambda: gs.route.ban(experts=range(7)), ValueError, "leave 1 experts"),
+        (lambda: gs.route.top_k(9), ValueError, "8 experts"),
+        (lambda: gs.route.top_k(0), ValueError, "from 1"),
+        (lambda: gs.route.gates("even"), ValueError, "uniform"),
+        (lambda: gs.ablate(), ValueError, "needs heads"),
+        (lambda: gs.scale("expert_index", 2), ValueError, "grokscope.route"),
+        (lambda: gs.scale("resid_post", 2, positions=300), ValueError, "about no position"),
+        (lambda: "ban", TypeError, "not an edit"),
+        (lambda: gs.edit("q", lambda v, layer, p: v[:1]), ValueError, "expected the shape it got"),
+    ],
+)
+def test_impossible_edits(small, edit, error, words):
+    with pytest.raises(error, match=words), small.edits(edit()):
+        small.trace(TOKENS)
+
+
+def test_forced_and_banned(small):
+    with pytest.raises(ValueError, match="expert 3 is both"), small.edits(gs.route.ban(experts=3), gs.route.force([3])):
+        pass
+
+
+def test_a_factor_that_a_norm_undoes_warns():
+    with pytest.warns(UserWarning, match="scale moe_delta instead"):
+        gs.scale("moe_out", 2)
+    gs.scale("moe_out", 0)
+
+
+# What it costs
+
+
+def test_other_values_compile_nothing(small):
+    def run(layer, heads, position, factor, prompt, expert):
+        wishes = [gs.capture("attn_pattern", layers=layer, heads=heads, positions=[position])]
+        with small.edits(gs.scale("moe_delta", factor, layers=layer), gs.route.ban(experts=expert, layers=layer)):
+            small.generate(prompt, 4, stop_at_eos=False, capture=wishes)
+
+    run(1, [0, 1], 2, 0.5, TOKENS, 3)
+    with compilations() as found:
+        run(2, [3, 1], 5, 4.0, TOKENS[::-1], 6)
+    assert found == []
+    with compilations() as found:
+        run(2, [1], 5, 4.0, TOKENS, 6)
+    assert sum("_layer" in name for name in found) <= 2, found
+
+
+class compilations:
+    """Names of what jax compiles meanwhile."""
+
+    def __enter__(self):
+        self.found = []
+        self.logger = __import__("logging").getLogger("jax._src.interpreters.pxla")
+        self.handler = __import__("logging").Handler()
+        self.handler.emit = lambda record: self.found.append(record.getMessage())
+        self.logger.addHandler(self.handler)
+        self.level, self.before = self.logger.level, jax.config.jax_log_compiles
+        jax.config.update("jax_log_compiles", True)
+        self.propagate, self.logger.propagate = self.logger.propagate, False
+        return self.found
+
+    def __exit__(self, *_):
+        jax.config.update("jax_log_compiles", self.before)
+        self.logger.removeHandler(self.handler)
+        self.logger.propagate = self.propagate
+
+
+def test_routing_adds_no_dispatch_to_a_step(grok, monkeypatch):
+    """One transfer more per block of decode steps, and that is all."""
+    from grokscope.run import steps
+
+    counts = {}
+    for name in ("decode_embed", "decode_layer", "readout", "stacked", "seated_pools", "taken", "noted"):
+
+        def counted(*args, name=name, fn=getattr(steps, name)):
+            counts[name] = counts.get(name, 0) + 1
+            return fn(*args)
+
+        monkeypatch.setattr(steps, name, counted)
+    grok.generate([5], 129, stop_at_eos=False, capture=())
+    plain = dict(counts)
+    counts.clear()
+    grok.generate([5], 129, stop_at_eos=False)
+    stacks = counts.pop("stacked")
+    plain.pop("stacked", None)
+    assert counts == plain
+    assert stacks == 1 + 3  # the prompt; three chunks of at most 64 steps
+
+
+# Results as they come
+
+
+def test_stream(small):
+    prompts = [TOKENS[: 1 + i % 4] for i in range(11)]
+    options = dict(max_new_tokens=9, stop_at_eos=False, capture="resid_post", batch_size=3)
+    whole = small.generate(prompts, **options)
+    for ordered in (True, False):
+        found = list(small.stream(prompts, ordered=ordered, **options))
+        numbers = [t.meta["prompt"] for t in found]
+        assert numbers == list(range(11)) if ordered else sorted(numbers) == list(range(11))
+        for trace in found:
+            assert (trace["resid_post"] == whole[trace.meta["prompt"]]["resid_post"]).all()
+    with pytest.raises(ValueError, match="batch_size=0"):
+        small.generate(prompts, batch_size=0)
+    with pytest.raises(TypeError, match="list of prompts"):
+        small.stream(TOKENS)
+    stream = small.stream(prompts, **options)
+    next(stream)
+    stream.close()
+    assert len(small.trace([5]))
