@@ -22,6 +22,8 @@ _NAMES = {
     "load": "grokscope.run.engine",
     "Trace": "grokscope.run.trace",
     "open": "grokscope.run.dump",
+    "Dump": "grokscope.run.dump",
+    "Plan": "grokscope.run.plan",
     "capture": "grokscope.run.captures",
     "REDUCTIONS": "grokscope.run.captures",
     "Edit": "grokscope.run.edits",
@@ -46,9 +48,10 @@ if TYPE_CHECKING:
     from grokscope.model.taps import TAPS
     from grokscope.notebook import plots as plot
     from grokscope.run.captures import REDUCTIONS, capture
-    from grokscope.run.dump import open
+    from grokscope.run.dump import Dump, open
     from grokscope.run.edits import Edit, ablate, add, edit, patch, route, scale, set
     from grokscope.run.engine import Grok, Loss, TokenEvent, load
+    from grokscope.run.plan import Plan
     from grokscope.run.trace import Trace
     from grokscope.tokenizer import Tokenizer
 

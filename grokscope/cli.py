@@ -1,15 +1,20 @@
-"""The command line: generate, demo, verify, train. Errors are one line; `--debug` shows where they come from."""
+"""The command line: generate, demo, dump, inspect, plan, verify, train.
 
+Errors are one line; `--debug` shows where they come from.
+"""
+
+import json
+import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import grokscope as gs
 from grokscope import look
-from grokscope.run import dump
+from grokscope.run.dump import refuse_existing
 
 DEMO_PROMPT = "The old keeper of the lighthouse wrote a letter to his brother every morning, but"
 
@@ -26,7 +31,7 @@ def main() -> None:
     sys.argv[1:] = [arg for arg in sys.argv[1:] if arg != "--debug"]  # anywhere on the line
     try:
         app()
-    except (ValueError, TypeError, KeyError, OSError, RuntimeError) as err:
+    except (ValueError, TypeError, KeyError, OSError, RuntimeError, MemoryError) as err:
         if debug:
             raise
         print(f"grokscope: {err.args[0] if isinstance(err, KeyError) else err}", file=sys.stderr)
@@ -67,7 +72,7 @@ def generate(
 ) -> None:
     """Continue a text, and print it as it appears."""
     if save is not None:
-        dump.refuse_existing(save)
+        refuse_existing(save)
     grok = gs.load(checkpoint, numerics=numerics, progress=_bar(" tensors", 500))
     print(grok, file=sys.stderr)
     prompt = sys.stdin.read() if prompt == "-" else prompt
@@ -118,6 +123,7 @@ def demo(
         shutil.rmtree(out / "trace")
     trace.save(out / "trace")
     again = gs.open(out / "trace")
+    assert isinstance(again, gs.Trace)
     assert all((again[tap] == trace[tap]).all() for tap in trace.taps)
     print(
         f"\n{out}/routing.png, {out}/expert_load.png: pictures of the table above, token by token and layer by layer."
@@ -142,6 +148,120 @@ def routing_table(trace: gs.Trace) -> str:
         cells = "".join(f"{100 * value:5.0f}%" for value in row)
         lines.append(f"{layer:5} {cells}   {first[layer]:.2f}, {second[layer]:.2f}")
     return "\n".join(lines)
+
+
+def _captures(text: str | None) -> list | None:
+    """router_logits,resid_post:layers=2,5:reduce=norm -> captures. Names are divided by commas, selectors by colons."""
+    if text is None:
+        return None
+    found = []
+    for item in re.split(r",(?=[^,:=]*[A-Za-z_*])", text):
+        name, *selectors = item.split(":")
+        given: dict[str, Any] = {}
+        for selector in selectors:
+            key, _, value = selector.partition("=")
+            numbers = re.fullmatch(r"-?\d+(,-?\d+)*", value)
+            given[key] = [int(n) for n in value.split(",")] if numbers else True if value == "true" else value
+        try:
+            found.append(gs.capture(name, **{k: v[0] if k == "k" else v for k, v in given.items()}))
+        except TypeError as err:
+            raise ValueError(f"--capture {item}: {err}") from err
+    return found
+
+
+def _prompts(path: Path) -> list:
+    """A prompt a line: a JSON text, a list of ids, or an object with "prompt" or "tokens"."""
+    found = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            value = value.get("prompt", value.get("tokens")) if isinstance(value, dict) else value
+        except ValueError as err:
+            raise ValueError(f"{path}, line {number}, is not JSON: {err}") from err
+        if not isinstance(value, str | list):
+            raise ValueError(f'{path}, line {number}: expected a text, a list of ids, or {{"prompt": ...}}')
+        found.append(value)
+    if not found:
+        raise ValueError(f"{path} holds no prompts")
+    return found
+
+
+Wishes = Annotated[str | None, typer.Option(help="As in router_logits,resid_post:layers=2,5:reduce=norm")]
+Prompts = Annotated[Path, typer.Argument(help="JSON lines: a text, a list of ids, or an object with prompt or tokens.")]
+
+
+@app.command(
+    epilog="Example:  grokscope dump prompts.jsonl out/ --capture router_logits,resid_post:layers=2,5 "
+    "--max-new-tokens 64 --budget 2GB --resume"
+)
+def dump(
+    prompts: Prompts,
+    out: Annotated[Path, typer.Argument(help="Folder of the dump.")],
+    capture: Wishes = None,
+    max_new_tokens: Annotated[int, typer.Option(help="0: forward passes alone.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same texts.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Prompts at once.")] = 8,
+    budget: Annotated[str | None, typer.Option(help="Refuse more bytes than this, as in 2GB.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with a dump that was cut short; or begin.")] = False,
+    checkpoint: Checkpoint = None,
+    numerics: Annotated[str | None, typer.Option(help="float32 or bfloat16; by device if not given.")] = None,
+) -> None:
+    """Write activations of many prompts to a folder that `grokscope.open` reads."""
+    from tqdm import tqdm
+
+    todo = _prompts(prompts)
+    grok = gs.load(checkpoint, numerics=numerics, progress=_bar(" tensors", 500))
+    try:
+        with tqdm(total=len(todo), unit=" prompts") as bar:
+            made = grok.dump(
+                todo, out, max_new_tokens, resume=resume, temperature=temperature, seed=seed, batch_size=batch_size,
+                capture=_captures(capture), budget=budget, progress=lambda done: bar.update(done - bar.n),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"grokscope: interrupted; the same command with --resume goes on in {out}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(made)
+
+
+@app.command(epilog="Example:  grokscope inspect out/")
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="Folder of a dump.")],
+    check: Annotated[bool, typer.Option("--verify", help="Read every part and check its sha256.")] = False,
+) -> None:
+    """Print what is in a dump."""
+    from grokscope.run.dump import Dump
+
+    found = Dump(directory)
+    print(found)
+    for name, value in found.about.items():
+        print(f"{name}: {json.dumps(value)[:200]}")
+    if len(found):
+        trace = found[found.prompts[0]]
+        print(f"prompt {found.prompts[0]}: {trace!r}")
+        for tap, value in trace.taps.items():
+            print(f"  {tap}: {value.dtype} [{' '.join(trace.dims[tap])}] {list(value.shape)}")
+    if check:
+        found.verify()
+        print("every part is as it was written")
+
+
+@app.command(epilog="Example:  grokscope plan prompts.jsonl --capture attn_pattern --max-new-tokens 64")
+def plan(
+    prompts: Annotated[Path | None, typer.Argument(help="JSON lines, as for dump.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="A number of tokens instead of prompts.")] = None,
+    capture: Wishes = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to make a prompt.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Prompts at once.")] = 8,
+    checkpoint: Checkpoint = None,
+    numerics: Annotated[str | None, typer.Option(help="float32 or bfloat16; by device if not given.")] = None,
+) -> None:
+    """Print what captures would take, in bytes on device, host and disk."""
+    grok = gs.load(checkpoint, numerics=numerics, progress=_bar(" tensors", 500))
+    x = None if prompts is None else _prompts(prompts)
+    print(grok.plan(x, max_new_tokens, capture=_captures(capture), tokens=tokens, batch_size=batch_size))
 
 
 @app.command(epilog="Example:  grokscope verify checkpoints/grok-1")

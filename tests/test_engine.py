@@ -367,12 +367,12 @@ def test_without_captures_the_plain_model_is_compiled(grok):
     def layer(params, x, cache, start, tokens, live):
         return transformer.layer(grok.config, params, x, cache, start, live)[:2]
 
-    def step(stage, given=hooks.Given()):
+    def step(stage, given):
         return jax.make_jaxpr(lambda *a: steps._layer(grok.config, stage, *a, {}, given))(*arguments)
 
     arguments = (params, x, cache, start, tokens, live)
     plain = jax.make_jaxpr(layer)(*arguments)
-    assert str(step(hooks.PLAIN)) == str(plain)
+    assert str(step(hooks.PLAIN, hooks.Given())) == str(plain)
     looking = hooks.stage((hooks.CaptureKind("attn_pattern", "attn_pattern", ("attn_pattern",)),))
     assert str(step(looking, hooks.Given(({},)))) != str(plain)
 

@@ -469,13 +469,16 @@ def test_routing_adds_no_dispatch_to_a_step(grok, monkeypatch):
     from grokscope.run import steps
 
     counts = {}
-    for name in ("decode_embed", "decode_layer", "readout", "stacked", "seated_pools", "taken", "noted"):
 
-        def counted(*args, name=name, fn=getattr(steps, name)):
+    def counted(name, fn):
+        def call(*args):
             counts[name] = counts.get(name, 0) + 1
             return fn(*args)
 
-        monkeypatch.setattr(steps, name, counted)
+        return call
+
+    for name in ("decode_embed", "decode_layer", "readout", "stacked", "seated_pools", "taken", "noted"):
+        monkeypatch.setattr(steps, name, counted(name, getattr(steps, name)))
     grok.generate([5], 129, stop_at_eos=False, capture=())
     plain = dict(counts)
     counts.clear()

@@ -274,7 +274,7 @@ class Kept:
             self.key + suffix: (dims(tap.dims), dtype)
             for suffix, (dims, dtype) in REDUCTIONS[self.reduce].outputs.items()
         }
-        return {key: ("Y" + dims, dtype) for key, (dims, dtype) in made.items()} if self.classes else made
+        return {key: ("Y" * bool(self.classes) + dims, dtype) for key, (dims, dtype) in made.items()}
 
     def sizes(self, config: GrokConfig) -> dict[str, int]:
         """{dim letter: length}; T and S are the caller's."""

@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
 import math
 import threading
@@ -20,6 +21,8 @@ from grokscope.config import GrokConfig
 from grokscope.run import captures, edits
 from grokscope.run.captures import Wish
 from grokscope.run.decode import BATCH_SIZE, Job, Run
+from grokscope.run.dump import Dump, Writer
+from grokscope.run.plan import Plan, priced, refuse_over
 from grokscope.run.sampling import Sampling
 from grokscope.run.staging import Hooks, misses
 from grokscope.run.staging import Sequence as Length
@@ -126,13 +129,16 @@ class Grok:
         self._hash = checkpoint.hash()
         self._busy = threading.Lock()
 
-    def trace(self, x: Prompts, capture: Wish | Iterable[Wish] | None = None) -> Trace | list[Trace]:
+    def trace(
+        self, x: Prompts, capture: Wish | Iterable[Wish] | None = None, *, budget: int | str | None = None
+    ) -> Trace | list[Trace]:
         """The forward pass of a text, of ids, or of a list of either (then one Trace each).
 
         `capture`: names of taps (grokscope.TAPS) and grokscope.capture(...), kept beside routing; None is routing
         alone, () nothing at all. Raises as `generate` does.
         """
-        return self._all(x, 0, capture, dict(temperature=0.0, top_p=1.0, top_k=None, seed=0), BATCH_SIZE, accept=None)
+        sampling = dict(temperature=0.0, top_p=1.0, top_k=None, seed=0)
+        return self._all(x, 0, capture, sampling, BATCH_SIZE, None, budget)
 
     def generate(
         self,
@@ -148,6 +154,7 @@ class Grok:
         on_token: Callable[[TokenEvent], None] | None = None,
         capture: Wish | Iterable[Wish] | None = None,
         batch_size: int = BATCH_SIZE,
+        budget: int | str | None = None,
     ) -> Trace | list[Trace]:
         """Continues a text, ids, or a list of either: one Trace each, in float32 equal to running each alone.
 
@@ -163,17 +170,19 @@ class Grok:
           capture: what to keep beside routing: names of taps, grokscope.capture(...), or a list of these; None is
             routing alone, () nothing at all.
           batch_size: prompts that run at once; a new one takes the place of one that ends.
+          budget: bytes, or "2GB", that captures may take on the device, on the host, or on disk; see `plan`.
 
         On Ctrl-C the Traces of the finished and running prompts come back; meta["prompt"] says which.
 
         Raises:
+          MemoryError: captures over the budget; it says which reductions would fit.
           ValueError: an empty or too long prompt, an id outside the vocabulary, a text without tokenizer, bad sampling;
             a capture or an edit that is about nothing. KeyError: an unknown tap. RuntimeError: closed, or already
             running.
         """
         sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         accept = self._accepting(stop_at_eos, stop, on_token)
-        return self._all(x, _limit(max_new_tokens), capture, sampling, batch_size, accept)
+        return self._all(x, _limit(max_new_tokens), capture, sampling, batch_size, accept, budget)
 
     def stream(
         self,
@@ -190,6 +199,7 @@ class Grok:
         on_token: Callable[[TokenEvent], None] | None = None,
         capture: Wish | Iterable[Wish] | None = None,
         batch_size: int = BATCH_SIZE,
+        budget: int | str | None = None,
     ) -> Iterator[Trace]:
         """The Traces of `generate` one by one, as they are done, so that memory holds those under way alone.
 
@@ -201,7 +211,93 @@ class Grok:
         if single:
             raise TypeError("stream takes a list of prompts; for one there is generate")
         accept = self._accepting(stop_at_eos, stop, on_token)
-        return self._traces(self._prepared(ids, max_new_tokens, capture, sampling, batch_size, accept), ordered)
+        return self._traces(self._prepared(ids, max_new_tokens, capture, sampling, batch_size, accept, budget), ordered)
+
+    def plan(
+        self,
+        x: Prompts | None = None,
+        max_new_tokens: int = 0,
+        *,
+        capture: Wish | Iterable[Wish] | None = None,
+        tokens: int | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> Plan:
+        """The bytes that `trace` (max_new_tokens=0) or `generate` of x would keep, from shapes alone.
+
+        `tokens` instead of x: that many, in prompts as long as the context allows. Raises as `generate` does.
+        """
+        if (x is None) == (tokens is None):
+            raise ValueError("give either prompts or tokens=, not both")
+        if x is not None:
+            prompts = self._prompts(x, max_new_tokens)[0]
+        else:
+            full, rest = divmod(int(tokens), self.config.sequence_len - max_new_tokens)
+            prompts = [
+                np.zeros(n, np.int32) for n in [self.config.sequence_len - max_new_tokens] * full + [rest] * bool(rest)
+            ]
+        kept = captures.resolve(capture, self.config)
+        hooks = Hooks(self.config, kept, (), [Length(len(p), max_new_tokens) for p in prompts])
+        return priced(hooks, batch_size, self.numerics)
+
+    def dump(
+        self,
+        prompts: Sequence[Prompt],
+        directory: Path | str,
+        max_new_tokens: int = 0,
+        *,
+        resume: bool = False,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        seed: int | Sequence[int] = 0,
+        stop_at_eos: bool = True,
+        capture: Wish | Iterable[Wish] | None = None,
+        batch_size: int = BATCH_SIZE,
+        budget: int | str | None = None,
+        progress: Callable[[int], object] = lambda done: None,
+    ) -> Dump:
+        """Traces of many prompts (max_new_tokens=0: forward passes alone), written part by part while it runs.
+
+        `resume` goes on with a dump of the same call that was cut short, even by kill -9: what is there stays, and what
+        is made is what would have been made, to the bit. On Ctrl-C finished Traces are written, and KeyboardInterrupt
+        is raised. `progress` is told after each Trace how many are done. The rest is as in `generate`.
+
+        Raises, beside what generate does: FileExistsError for a folder that holds anything; ValueError to resume the
+        dump of another call; OSError if it cannot be written (finished parts stay).
+        """
+        limit = _limit(max_new_tokens) if max_new_tokens else 0
+        ids, single = self._prompts(prompts, limit)
+        if single:
+            raise TypeError("dump takes a list of prompts; one Trace has save")
+        sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        accept = self._accepting(stop_at_eos, None, None) if limit else None
+        call = self._prepared(ids, limit, capture, sampling, batch_size, accept, budget)
+        digest = hashlib.sha256(b"".join(len(p).to_bytes(8) + p.tobytes() for p in ids)).hexdigest()
+        about = {
+            "checkpoint": {"name": self._checkpoint.directory.name, "hash": self._hash},
+            "numerics": self.numerics,
+            "weights": self._form,
+            "prompts_sha256": digest,
+            "max_new_tokens": limit,
+            "stop_at_eos": stop_at_eos,
+            "sampling": {n: np.asarray(v).tolist() for n, v in sampling.items()},
+            "capture": [c.json() for c in captures.as_captures(capture)] if capture is not None else None,
+            "edits": call.edits,
+            "batch_size": call.batch_size,
+            "versions": versions(),
+        }
+        with Writer(directory, about, len(ids), resume=resume) as writer:
+            done = writer.done
+            todo = [job for job in call.jobs if job.row not in done]
+            for count, trace in enumerate(self._traces(call, ordered=False, todo=todo), len(done) + 1):
+                if trace.meta["finish"] == "interrupt":
+                    continue
+                writer.add(trace.meta["prompt"], trace)
+                progress(count)
+        found = Dump(directory)
+        if found.missing:
+            raise KeyboardInterrupt
+        return found
 
     def edits(self, *changes: "edits.Edit") -> contextlib.AbstractContextManager[None]:
         """`with grok.edits(...):` calls of this thread run with these edits, after those of a `with` around it.
@@ -283,15 +379,17 @@ class Grok:
             raise ValueError("stop strings need a tokenizer, and this checkpoint has none; stop in on_token instead")
         return functools.partial(self._accept, stop_at_eos=stop_at_eos, stops=stops, on_token=on_token)
 
-    def _all(self, x: Prompts, limit: int, capture, sampling: dict, batch_size, accept) -> Trace | list[Trace]:
+    def _all(self, x: Prompts, limit: int, capture, sampling: dict, batch_size, accept, budget) -> Trace | list[Trace]:
         prompts, single = self._prompts(x, limit)
-        prepared = self._prepared(prompts, limit, capture, sampling, batch_size, accept)
+        prepared = self._prepared(prompts, limit, capture, sampling, batch_size, accept, budget)
         traces = sorted(self._traces(prepared, ordered=False), key=lambda trace: trace.meta["prompt"])
         if single and not traces:
             raise KeyboardInterrupt
         return traces[0] if single else traces
 
-    def _prepared(self, prompts: list[np.ndarray], limit: int, capture, sampling: dict, batch_size, accept) -> "_Call":
+    def _prepared(
+        self, prompts: list[np.ndarray], limit: int, capture, sampling: dict, batch_size, accept, budget
+    ) -> "_Call":
         """A call, checked, with the edits of this moment."""
         if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}: expected a whole number from 1")
@@ -306,6 +404,8 @@ class Grok:
                 f"the {what} is about no position: prompts have {lengths[0]} to {lengths[-1]} tokens, {limit} may "
                 f"follow, and it asks for {missed.where.json()}"
             )
+        if budget is not None:
+            refuse_over(budget, priced(hooks, batch_size, self.numerics), hooks, batch_size, self.numerics)
         rows = Sampling.rows(len(prompts), self.config.vocab_size, **sampling)
         jobs = [Job(prompt, limit, i, lambda *_: None) for i, prompt in enumerate(prompts)]
         if accept is not None:
@@ -313,11 +413,11 @@ class Grok:
                 job.accept = functools.partial(accept, job, _Watch(self.tokenizer))
         return _Call(hooks, rows, jobs, int(batch_size), sampling, [edit.json() for edit in made])
 
-    def _traces(self, call: "_Call", ordered: bool) -> Iterator[Trace]:
+    def _traces(self, call: "_Call", ordered: bool, todo: list[Job] | None = None) -> Iterator[Trace]:
         with self._alone():
             if self._weights is None:
                 raise RuntimeError("this Grok was closed; load it again")
-            run = Run(self.config, self._weights, call.hooks, call.rows, call.jobs, call.batch_size)
+            run = Run(self.config, self._weights, call.hooks, call.rows, call.jobs, call.batch_size, todo)
             done: dict[int, Trace] = {}
             following = 0
             for job in run.results():

@@ -1,8 +1,8 @@
 """The compiled steps of a run: embed, one layer, score a block of a prompt, read out the next token.
 
 Each is jitted once per (configuration, stage of hooks, shapes); a layer's step serves every layer. In prefill captures
-are outputs. In decode they are written into a donated buffer of COLUMNS positions per layer and capture, so that looking
-costs no dispatch and no transfer a step; a full buffer is stacked over layers, and only that copy goes to the host.
+are outputs. In decode they are written into a donated buffer of COLUMNS positions per layer and capture, so that
+looking costs no dispatch and no transfer a step; a full buffer is stacked over layers, and that copy goes to the host.
 Pools, captures reduced over positions, go through the steps as the cache does.
 """
 
@@ -51,7 +51,7 @@ def _embed(config: GrokConfig, stage: Stage, params, tokens: Int[Array, "B T"], 
 
 
 def _layer(config: GrokConfig, stage: Stage, params, x, cache, start, tokens, live, pools, given):
-    """One layer over a block x [B, T, D] at positions start [B] ...; tokens, live [B, T]. Stream, cache and captures."""
+    """One layer over a block x [B, T, D] from positions start [B] on; tokens, live [B, T]. Stream, cache, captures."""
     at = _at(stage, start, tokens, live)
     run = with_hooks(transformer.layer, stage)
     (x, cache, _), captured = run(given, pools, at, config, params, x, cache, start, live)

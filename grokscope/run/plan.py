@@ -1,0 +1,136 @@
+"""What a run keeps in bytes, from shapes alone: nothing is compiled, allocated or run.
+
+device: buffers of the decode step, and the captures of the longest prompt. host: the arrays of all Traces, if every
+prompt makes all its tokens. disk: the same arrays in a dump; its headers and texts are not counted.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from grokscope import look
+from grokscope.run.captures import REDUCTIONS, Kept
+from grokscope.run.decode import block_lengths, cache_length, shapes
+from grokscope.run.staging import Hooks, place_of
+from grokscope.run.steps import COLUMNS
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The price of a run.
+
+    Attributes:
+      rows: {capture: {"device": bytes, "host": bytes, "disk": bytes}}.
+      prompts, tokens: how many, generated ones included.
+    """
+
+    rows: dict[str, dict[str, int]]
+    prompts: int
+    tokens: int
+
+    @property
+    def total(self) -> dict[str, int]:
+        return {place: sum(row[place] for row in self.rows.values()) for place in ("device", "host", "disk")}
+
+    def _table(self) -> list[tuple[str, ...]]:
+        rows = [*self.rows.items(), ("in all", self.total)]
+        return [(name, *(look.si(n, "B") for n in row.values())) for name, row in rows]
+
+    def __repr__(self) -> str:
+        head = f"{self.prompts} prompts, {self.tokens} tokens"
+        lines = [(head, "device", "host", "disk"), *self._table()]
+        width = max(len(line[0]) for line in lines)
+        return "\n".join(f"{name:{width}}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in lines)
+
+    def _repr_html_(self) -> str:
+        body = "".join(f"<tr><td>{'</td><td>'.join(line)}</td></tr>" for line in self._table())
+        head = f"<th>{self.prompts} prompts, {self.tokens} tokens</th><th>device</th><th>host</th><th>disk</th>"
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def priced(hooks: Hooks, batch_size: int, dtype) -> Plan:
+    """The price of the captures of a call."""
+    slots, length = shapes([tuple(s) for s in hooks.sequences], batch_size)
+    longest = max(range(len(hooks.sequences)), key=lambda p: hooks.sequences[p].prompt_length)
+    rows = {}
+    for kept in hooks.kept:
+        num_layers = 1 if kept.layers is None else len(kept.layers)
+        device = num_layers * (_decode(hooks, kept, slots, length, dtype) + _prompt(hooks, kept, longest, dtype))
+        host = num_layers * sum(_host(hooks, kept, prompt, dtype) for prompt in range(len(hooks.sequences)))
+        rows[kept.key] = {"device": device, "host": host, "disk": host}
+    return Plan(rows, len(hooks.sequences), sum(s.longest for s in hooks.sequences))
+
+
+def _decode(hooks: Hooks, kept: Kept, slots: int, length: int, dtype) -> int:
+    place = place_of(kept.tap) if kept.layers is None else kept.layers[0]
+    if not slots or not hooks.reaches(kept)[1]:
+        return 0
+    made = jax.eval_shape(lambda: hooks.buffers(place, slots, COLUMNS, length, dtype))
+    return sum(_nbytes(made[key]) for key in ([kept.key] if kept.pooled else hooks.in_step(kept)))
+
+
+def _prompt(hooks: Hooks, kept: Kept, prompt: int, dtype) -> int:
+    n, positions = hooks.sequences[prompt].prompt_length, hooks.prompt_positions(kept, prompt)
+    if not len(positions):
+        return 0
+    if kept.pooled:
+        return _nbytes(jax.eval_shape(lambda: hooks.pool(kept, 1)))
+    padded = len(hooks.padded_positions(kept.key, prompt))
+    cut = padded < min(cache_length(n), n)
+    lengths = [padded if cut else block for block in block_lengths(n)]
+    sizes = hooks.dims(kept) | {"T": sum(lengths), "S": cache_length(n)}
+    return _size(kept, sizes, dtype)
+
+
+def _host(hooks: Hooks, kept: Kept, prompt: int, dtype) -> int:
+    if not hooks.takes(kept, prompt):
+        return 0
+    sequence = hooks.sequences[prompt]
+    positions = int(kept.where.mask(sequence.prompt_length, sequence.longest).sum())
+    return _size(kept, hooks.dims(kept) | {"T": positions, "S": sequence.longest}, dtype)
+
+
+def _size(kept: Kept, sizes: dict[str, int], dtype) -> int:
+    outputs = kept.outputs().values()
+    return sum(math.prod(sizes[d] for d in dims) * np.dtype(own or dtype).itemsize for dims, own in outputs)
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def as_bytes(budget: int | str) -> int:
+    """Bytes of 2000000, "2GB" or "500 MB" (decimal). Raises ValueError."""
+    found = re.fullmatch(r"\s*([\d.]+)\s*([kMGT]?)B?\s*", str(budget))
+    if isinstance(budget, bool) or not found:
+        raise ValueError(f'budget={budget!r}: expected bytes, or a text like "2GB" or "500 MB"')
+    return int(float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[found[2]])
+
+
+def refuse_over(budget: int | str | None, plan: Plan, hooks: Hooks, batch_size: int, dtype) -> None:
+    """Raises MemoryError if device, host or disk would take more than the budget; it names what would fit."""
+    if budget is None:
+        return
+    limit = as_bytes(budget)
+    if max(plan.total.values()) <= limit:
+        return
+    dearest = max(hooks.kept, key=lambda kept: max(plan.rows[kept.key].values()))
+    rest = {place: plan.total[place] - plan.rows[dearest.key][place] for place in plan.total}
+    fitting = []
+    for name, reduction in REDUCTIONS.items():
+        if dearest.reduce or dearest.tap not in reduction.taps or (dearest.axis and name == "count"):
+            continue
+        reduced = dataclasses.replace(dearest, reduce=name, k=min(dearest.k, 5))
+        other = Hooks(hooks.config, (reduced,), (), hooks.sequences)
+        (row,) = priced(other, batch_size, dtype).rows.values()
+        if all(rest[place] + row[place] <= limit for place in row):
+            fitting.append(f"reduce={name!r} ({look.si(max(row.values()), 'B')})")
+    advice = f"; of {dearest.key}, the dearest, these would fit: {', '.join(fitting)}" if fitting else ""
+    raise MemoryError(
+        f"over the budget of {look.si(limit, 'B')}:\n{plan}\nKeep fewer layers, heads or positions"
+        + (advice or f" of {dearest.key}, the dearest")
+    )

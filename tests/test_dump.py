@@ -1,0 +1,228 @@
+"""Dumps of many prompts: written while generating, cut short, gone on with, read; and what they would cost."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import grokscope as gs
+from grokscope.run import dump as dump_module
+
+CAPTURE = ["router_logits", gs.capture("resid_post", layers=[1, 2])]
+PROMPTS = [[5 + i % 40, *range(3, 4 + i % 6)] for i in range(30)]
+
+
+@pytest.fixture(scope="module")
+def small(random_checkpoint):
+    with gs.load(random_checkpoint) as grok:
+        yield grok
+
+
+@pytest.fixture
+def many_parts(monkeypatch):
+    monkeypatch.setattr(dump_module, "PART_BYTES", 20_000)
+
+
+def same(a: gs.Trace, b: gs.Trace):
+    assert list(a.taps) == list(b.taps)
+    for tap in a.taps:
+        assert a.taps[tap].tobytes() == b.taps[tap].tobytes(), tap
+    assert (a.tokens == b.tokens).all()
+    assert a.logprobs.tobytes() == b.logprobs.tobytes()
+    assert (a.text, a.pieces, a.numbers, a.meta) == (b.text, b.pieces, b.numbers, b.meta)
+
+
+def test_a_dump_is_its_traces(small, tmp_path, many_parts):
+    made = small.dump(PROMPTS, tmp_path / "d", 9, capture=CAPTURE, stop_at_eos=False)
+    traces = small.generate(PROMPTS, 9, capture=CAPTURE, stop_at_eos=False)
+    assert len(made) == len(made.prompts) == 30
+    assert len(list((tmp_path / "d").glob("*.safetensors"))) > 3
+    assert not list((tmp_path / "d").glob("*.partial"))
+    made.verify()
+    for trace, found in zip(traces, made, strict=True):
+        same(trace, found)
+    values, prompts = made.to_numpy("resid_post")
+    assert values.shape == (2, sum(map(len, traces)), 48)
+    assert (values[:, prompts == 7] == traces[7]["resid_post"]).all()
+    frame = made.to_pandas("router")
+    assert (frame[frame.prompt == 7].expert.to_numpy() == traces[7].to_pandas("router").expert.to_numpy()).all()
+    assert "30 of 30" in repr(made)
+
+
+def test_reading_needs_no_jax(small, tmp_path):
+    small.dump(PROMPTS[:3], tmp_path / "d", capture=CAPTURE)
+    code = (
+        "import sys, grokscope as gs; d = gs.open(sys.argv[1]); d[2]['resid_post', 1]; d.to_pandas('tokens');"
+        "assert 'jax' not in sys.modules, 'jax was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "d")], check=True)
+
+
+def test_torch_reads_it(small, tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed here")
+    from safetensors.torch import load_file
+
+    made = small.dump(PROMPTS[:3], tmp_path / "d", capture=CAPTURE)
+    (part,) = (tmp_path / "d").glob("*.safetensors")
+    assert torch.equal(load_file(part)["1.tap.resid_post"], torch.tensor(made[1]["resid_post"]))
+
+
+def test_interrupted_and_resumed(small, tmp_path, many_parts):
+    """What was made stays; the rest is what it would have been, to the bit, though slots hold other prompts."""
+    options = dict(max_new_tokens=9, capture=CAPTURE, stop_at_eos=False, temperature=0.8, seed=list(range(30)))
+    whole = small.dump(PROMPTS, tmp_path / "whole", **options)
+
+    def interrupt(done):
+        if done == 17:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        small.dump(PROMPTS, tmp_path / "d", progress=interrupt, **options)
+    part = gs.open(tmp_path / "d")
+    assert len(part) == 17
+    assert len(part.missing) == 13
+    with pytest.raises(KeyError, match="17 of 30"):
+        part[part.missing[0]]
+    for changed in ({"max_new_tokens": 8}, {"capture": None}, {"temperature": 0.7}):
+        with pytest.raises(ValueError, match="dump of another run"):
+            small.dump(PROMPTS, tmp_path / "d", resume=True, **options | changed)
+    with small.edits(gs.ablate(layers=0)), pytest.raises(ValueError, match="different: edits"):
+        small.dump(PROMPTS, tmp_path / "d", resume=True, **options)
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        small.dump(PROMPTS, tmp_path / "d", **options)
+    made = small.dump(PROMPTS, tmp_path / "d", resume=True, **options)
+    assert sorted(p for one in made._parts for p in one["prompts"]) == list(range(30))
+    for a, b in zip(whole, made, strict=True):
+        same(a, b)
+
+
+WRITER = """
+import sys
+import grokscope as gs
+from grokscope.run import dump
+dump.PART_BYTES = 20_000
+prompts = [[5 + i % 40, *range(3, 4 + i % 6)] for i in range(30)]
+with gs.load(sys.argv[1]) as grok:
+    grok.dump(prompts, sys.argv[2], 9, resume=True, stop_at_eos=False, capture=["router_logits", gs.capture("resid_post", layers=[1, 2])])
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(small, random_checkpoint, tmp_path, many_parts):
+    """kill -9 at any moment of writing: finished parts are readable, and going on gives the rest."""
+    whole = small.dump(PROMPTS, tmp_path / "whole", 9, capture=CAPTURE, stop_at_eos=False)
+    kills = 0
+    for delay in (0, 0.05, 0.15, 0.3):
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(random_checkpoint), str(tmp_path / "d")])
+        begun = 1 + len(gs.open(tmp_path / "d")._parts) if (tmp_path / "d" / "manifest.json").exists() else 0
+        while process.poll() is None and len(list((tmp_path / "d").glob("*.safetensors"))) < begun:
+            time.sleep(0.005)
+        time.sleep(delay)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if (tmp_path / "d" / "manifest.json").exists():
+            found = gs.open(tmp_path / "d")
+            found.verify()
+            for prompt in found.prompts:
+                same(found[prompt], whole[prompt])
+    assert kills >= 1
+    subprocess.run([sys.executable, "-c", WRITER, str(random_checkpoint), str(tmp_path / "d")], check=True)
+    for a, b in zip(whole, gs.open(tmp_path / "d"), strict=True):
+        same(a, b)
+
+
+def test_a_disk_that_is_full(small, tmp_path, many_parts, monkeypatch):
+    """A clear error; finished parts are kept."""
+    write, calls = dump_module.save_file, []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) > 2:
+            raise OSError(28, "No space left on device")
+        return write(*args)
+
+    monkeypatch.setattr(dump_module, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        small.dump(PROMPTS, tmp_path / "d", 9, capture=CAPTURE, stop_at_eos=False)
+    assert len(gs.open(tmp_path / "d")) > 0
+    gs.open(tmp_path / "d").verify()
+    assert len(small.trace([5])), "the model is free again"
+
+
+def test_two_writers(small, tmp_path):
+    with dump_module.Writer(tmp_path / "d", {}, 1), pytest.raises(RuntimeError, match="another process"):
+        dump_module.Writer(tmp_path / "d", {}, 1, resume=True).__enter__()
+
+
+@pytest.mark.parametrize("numerics", ["float32", "bfloat16"])
+def test_a_plan_is_what_a_run_takes(random_checkpoint, numerics):
+    wishes = [
+        "attn_pattern", gs.capture("resid_post", positions="last"), gs.capture("q", heads=[1], layers=[0, 2]),
+        gs.capture("resid_mid", reduce="mean"), gs.capture("attn_pattern", reduce="topk", k=2),
+        gs.capture("resid_pre", reduce="lens", phase="prefill"), gs.capture("expert_index", reduce="count"), "logits",
+    ]  # fmt: skip
+    with gs.load(random_checkpoint, numerics=numerics) as grok:
+        plan = grok.plan(PROMPTS[:5], 7, capture=wishes)
+        traces = grok.generate(PROMPTS[:5], 7, capture=wishes, stop_at_eos=False)
+    assert plan.tokens == sum(map(len, traces))
+    for key, row in plan.rows.items():
+        keys = [key, *(k for k in traces[0].taps if k.startswith(key + "_"))]
+        assert row["host"] == sum(t.taps[k].nbytes for t in traces for k in keys), key
+        assert row["device"] > 0
+    assert "in all" in repr(plan)
+    assert "<table>" in plan._repr_html_()
+
+
+def test_the_price_of_grok_1(grok):
+    """Figures of the design: routing 3 KiB a token at full size."""
+    from grokscope.run import captures, plan, staging
+
+    kept = captures.resolve(["resid_post"], gs.GROK_1)
+    hooks = staging.Hooks(gs.GROK_1, kept, (), [staging.Sequence(1000, 0)])
+    rows = plan.priced(hooks, 8, "bfloat16").rows
+    assert rows["router_logits"]["host"] == 1000 * 64 * 8 * 4
+    assert rows["resid_post"]["host"] == 1000 * 64 * 6144 * 2
+    assert grok.plan(capture="attn_pattern", tokens=8192).prompts == 8
+
+
+def test_over_the_budget(small):
+    with pytest.raises(MemoryError, match=r"reduce='entropy'"):
+        small.generate([[5] * 100] * 4, 20, capture="attn_pattern", budget="1 MB")
+    assert len(small.generate([5] * 100, 2, capture="resid_post", budget="2GB")) > 100
+    with pytest.raises(ValueError, match="budget='much'"):
+        small.trace([5], budget="much")
+
+
+def test_on_the_command_line(random_checkpoint, tmp_path):
+    def run(*args):
+        return subprocess.run([sys.executable, "-m", "grokscope", *map(str, args)], capture_output=True, text=True)
+
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(p) for p in PROMPTS[:5]) + '\n{"tokens": [5, 6]}\n')
+    options = (
+        "--checkpoint",
+        random_checkpoint,
+        "--capture",
+        "router_logits,resid_post:layers=0,2,attn_pattern:reduce=entropy",
+    )
+    done = run(
+        "dump", tmp_path / "p.jsonl", tmp_path / "d", *options, "--max-new-tokens", 4, "--budget", "2GB", "--resume"
+    )
+    assert done.returncode == 0, done.stderr
+    found = gs.open(tmp_path / "d")
+    assert len(found) == 6
+    assert found[5].layers["resid_post"] == [0, 2]
+    assert found[5]["attn_pattern.entropy"].shape == (3, 4, len(found[5]))
+    shown = run("inspect", tmp_path / "d", "--verify").stdout
+    assert "6 of 6 prompts" in shown
+    assert "resid_post: float32 [L T D]" in shown
+    assert "attn_pattern.entropy" in run("plan", tmp_path / "p.jsonl", *options).stdout
+    (tmp_path / "bad.jsonl").write_text('"a"\n{oops\n')
+    bad = run("dump", tmp_path / "bad.jsonl", tmp_path / "e", *options)
+    assert bad.returncode == 1
+    assert "line 2, is not JSON" in bad.stderr
+    assert np.isfinite(found[0]["resid_post"]).all()
