@@ -136,7 +136,7 @@ class Hooks:
     def _stage(self, kinds: list[CaptureKind], edits: list[Stacked]) -> Stage:
         changes = [e.changes[0][1].kind for e in edits]
         width = self.width if self._wider or any(kind.routes for kind in changes) else 0
-        return stage(tuple(kinds), tuple(changes), width) if kinds or changes or self._wider else PLAIN
+        return stage(tuple(kinds), tuple(changes), width) if kinds or changes else PLAIN
 
     def _kind(self, kept: Kept, cut: bool) -> CaptureKind:
         k = kept.k if kept.reduce in ("topk", "lens") else 0
