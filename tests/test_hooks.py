@@ -510,3 +510,9 @@ def test_stream(small):
     next(stream)
     stream.close()
     assert len(small.trace([5]))
+
+
+def test_a_batch_that_keeps_nothing(small):
+    """All end at the same step, the prompt read last among them."""
+    traces = small.generate([TOKENS] * 8, 5, stop_at_eos=False, capture=())
+    assert [len(t) for t in traces] == [14] * 8

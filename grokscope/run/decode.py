@@ -31,7 +31,7 @@ BLOCKS = (1, 32, 128, 512)  # query lengths that are compiled
 BATCH_SIZE = 8  # slots, unless the caller says otherwise
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Job:
     """One prompt and what becomes of it.
 
@@ -397,8 +397,6 @@ class Run:
         """Joins what a finished job has, and hands it out."""
         if self.landing is job:
             self._land()
-            if job in self.ready:
-                return
         n, total = len(job.prompt), len(job.tokens)
         scored = np.concatenate([logprobs for logprobs, _ in job.blocks])
         job.logprobs = [np.nan, *scored[: n - 1].tolist(), *job.logprobs]
