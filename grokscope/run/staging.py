@@ -84,7 +84,6 @@ class Hooks:
             for place in [place_of(k.tap)] if k.layers is None else k.layers:
                 self._kept[place].append(k)
         self._edits = self._stacked(changes)
-        self._kinds = {s for s in sequences if s.limit}  # of lengths that decode
         self._decode = {place: self._decode_stage(place) for place in self.places}
 
     def _stacked(self, changes: tuple[Change, ...]) -> dict[Place, list[Stacked]]:
@@ -127,7 +126,7 @@ class Hooks:
         return before, after
 
     def _decode_stage(self, place: Place) -> tuple[Stage, list[Kept], list[Stacked]]:
-        if not self._kinds:
+        if not any(s.limit for s in self.sequences):
             return PLAIN, [], []
         kept = [k for k in self._kept[place] if self.reaches(k)[1]]
         edits = [e for e in self._edits[place] if any(self.reaches(change)[1] for _, change in e.changes)]
@@ -154,7 +153,7 @@ class Hooks:
                 positions = self.prompt_positions(kept, prompt)
                 if not len(positions):
                     continue
-                cut = not kept.pooled and _bucket(len(positions)) < min(length, sequence.prompt_length)
+                cut = not kept.pooled and _bucket(len(positions)) < sequence.prompt_length
                 kinds.append(self._kind(kept, cut))
                 padded = self.padded_positions(kept.key, prompt) if cut else None
                 given.append(self._given_capture(kept, [prompt], length, padded, memo))
