@@ -204,8 +204,8 @@ class Grok:
         """The Traces of `generate` one by one, as they are done, so that memory holds those under way alone.
 
         `ordered`: in the order of the prompts; else whichever is ready. meta["prompt"] says which it is. The model is
-        busy from the first Trace until the iterator is at its end or closed. The rest is as in `generate`, errors too; those
-        of what was asked for come at once.
+        busy from the first Trace until the iterator is at its end or closed. The rest is as in `generate`; errors of
+        what was asked for come at once.
         """
         sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         ids, single = self._prompts(prompts, _limit(max_new_tokens))
