@@ -1,9 +1,13 @@
-"""Traces on disk: `manifest.json` and safetensors parts of some Traces each, bfloat16 kept. No jax.
+"""Traces on disk: `manifest.json`, tensors in safetensors parts, tables in Parquet parts. No jax.
 
-A part holds for prompt 7 the tensors "7.tokens", "7.logprobs" and "7.tap.resid_post", and in its metadata, as JSON, the
-other fields of each Trace. Parts are written whole or not at all; the manifest, which names every finished one with
-size and sha256, is replaced after each. So after a crash all finished parts are readable, and `missing` says what is
-not there yet.
+    out/manifest.json                what was run, the taps, every finished part with sizes and sha256
+        act-00000000.safetensors     of some prompts: "7.tokens", "7.logprobs", "7.tap.resid_post"; bfloat16 kept
+        tokens-00000000.parquet      of the same prompts: `Trace.to_pandas("tokens")` with a column "prompt" in front
+        router-00000000.parquet      the same of "router", where routing was captured
+
+The other fields of each Trace are JSON in the metadata of the safetensors file. Parts are written whole or not at all;
+the manifest is replaced after each. So after a crash all finished parts are readable, and `missing` says what is not
+there yet. A part whose files lie there unlisted is of a crash, and is written again.
 """
 
 import dataclasses
@@ -11,23 +15,28 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs
+import ml_dtypes
 import numpy as np
-from safetensors import safe_open
+import pyarrow as pa
+import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
 from grokscope import look
-from grokscope.run.trace import Trace
+from grokscope.run.trace import TABLES, Trace
 
-FORMAT = "grokscope dump 2"
+FORMAT = "grokscope dump 3"
 ARRAYS = ("tokens", "logprobs")
 FIELDS = tuple(f.name for f in dataclasses.fields(Trace) if f.name not in (*ARRAYS, "taps"))
 PART_BYTES = 16_000_000
+PART_SECONDS = 60
+DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "I32": np.int32}
+"""Types of taps, as safetensors spells them."""
 
 
 def refuse_existing(directory: Path | str) -> None:
@@ -48,24 +57,18 @@ class Writer:
     """Writes Traces into a folder, part by part, in a thread that is at most one part behind.
 
     Use as a context manager: leaving it writes what is left, an error inside it included. `about` identifies the run
-    that is dumped; a folder is gone on with (`resume`) only by the same.
+    that is dumped; a folder is gone on with (`resume`) only by the same. A part is closed at PART_BYTES, and where
+    Traces come slowly with the first after PART_SECONDS.
     """
 
     def __init__(self, directory: Path | str, about: dict[str, Any], num_prompts: int, *, resume: bool = False):
         self.directory = Path(directory)
-        if resume and (self.directory / "manifest.json").exists():
-            self.manifest = _manifest(self.directory)
-            theirs = self.manifest["about"]
-            changed = [n for n in {**about, **theirs} if about.get(n) != theirs.get(n)]
-            if changed or self.manifest["prompts"] != num_prompts:
-                what = ", ".join(f"{n} ({theirs.get(n)!r}, now {about.get(n)!r})"[:200] for n in changed) or "prompts"
-                raise ValueError(f"{directory} is the dump of another run; different: {what}")
-        else:
+        self.manifest = {"format": FORMAT, "about": about, "prompts": num_prompts, "taps": {}, "parts": []}
+        if not (resume and (self.directory / "manifest.json").exists()):
             refuse_existing(self.directory)
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self.manifest = {"format": FORMAT, "about": about, "prompts": num_prompts, "parts": []}
         self._traces: dict[int, Trace] = {}
         self._size = 0
+        self._begun = time.monotonic()
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future | None = None
 
@@ -78,47 +81,67 @@ class Writer:
         """Takes a Trace; raises OSError if an earlier part could not be written."""
         self._traces[prompt] = trace
         self._size += sum(a.nbytes for a in trace.taps.values()) + 8 * len(trace)
-        if self._size >= PART_BYTES:
+        if self._size >= PART_BYTES or time.monotonic() - self._begun >= PART_SECONDS:
             self._hand_over()
 
     def _hand_over(self) -> None:
         if self._writing is not None:
             self._writing.result()
         self._writing = self._thread.submit(self._write, self._traces) if self._traces else None
-        self._traces, self._size = {}, 0
+        self._traces, self._size, self._begun = {}, 0, time.monotonic()
 
     def _write(self, traces: dict[int, Trace]) -> None:
-        part = self.directory / f"act-{len(self.manifest['parts']):08d}.safetensors"
-        arrays = {f"{p}.{name}": getattr(t, name) for p, t in traces.items() for name in ARRAYS}
-        arrays |= {f"{p}.tap.{name}": a for p, t in traces.items() for name, a in t.taps.items()}
-        fields = {p: {name: getattr(t, name) for name in FIELDS} for p, t in traces.items()}
-        partial = part.with_suffix(".partial")
-        save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, partial, {"traces": json.dumps(fields)})
+        number = len(self.manifest["parts"])
+        files = {"act": self._file(f"act-{number:08d}.safetensors", lambda path: _save_tensors(traces, path))}
+        for table in TABLES:
+            having = {p: t for p, t in traces.items() if table in t.tables}
+            if having:
+                write = lambda path, table=table, having=having: _save_table(having, table, path)  # noqa: E731
+                files[table] = self._file(f"{table}-{number:08d}.parquet", write)
+        for trace in traces.values():
+            for tap, value in trace.taps.items():
+                self.manifest["taps"].setdefault(tap, {"dims": trace.dims[tap], "dtype": str(value.dtype)})
+        self.manifest["parts"].append({"prompts": [*traces], "files": files})
+        self._write_manifest()
+
+    def _file(self, name: str, write) -> dict[str, Any]:
+        """Writes a file whole; its entry in the manifest."""
+        partial = self.directory / (name + ".partial")
+        write(partial)
         with partial.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
-        size = partial.stat().st_size
-        os.replace(partial, part)
-        self.manifest["parts"].append({"file": part.name, "bytes": size, "sha256": digest, "prompts": [*traces]})
-        self._write_manifest()
+        entry = {"file": name, "bytes": partial.stat().st_size, "sha256": digest}
+        os.replace(partial, self.directory / name)
+        return entry
 
     def _write_manifest(self) -> None:
-        partial = self.directory / "manifest.json.partial"
-        with partial.open("w") as file:
-            json.dump(self.manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.directory / "manifest.json")
+        self._file("manifest.json", lambda path: path.write_text(json.dumps(self.manifest, indent=1)))
 
     def __enter__(self) -> "Writer":
-        self._lock = (self.directory / ".lock").open("w")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.directory / ".lock").open("w")  # stays: who deletes it may delete another's
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as err:
             self._lock.close()
             raise RuntimeError(f"{self.directory} is being written by another process") from err
-        self._write_manifest()
+        try:
+            if (self.directory / "manifest.json").exists():
+                self._go_on(_manifest(self.directory))
+            self._write_manifest()
+        except BaseException:
+            self._lock.close()
+            raise
         return self
+
+    def _go_on(self, found: dict[str, Any]) -> None:
+        ours, theirs = self.manifest["about"], found["about"]
+        changed = [n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)]
+        if changed or found["prompts"] != self.manifest["prompts"]:
+            what = ", ".join(f"{n} ({theirs.get(n)!r}, now {ours.get(n)!r})"[:200] for n in changed) or "prompts"
+            raise ValueError(f"{self.directory} is the dump of another run; different: {what}")
+        self.manifest = found
 
     def __exit__(self, *_) -> None:
         try:
@@ -127,8 +150,24 @@ class Writer:
                 self._writing.result()
         finally:
             self._thread.shutdown()
-            (self.directory / ".lock").unlink(missing_ok=True)
             self._lock.close()
+
+
+def _save_tensors(traces: dict[int, Trace], path: Path) -> None:
+    arrays = {f"{p}.{name}": getattr(t, name) for p, t in traces.items() for name in ARRAYS}
+    arrays |= {f"{p}.tap.{name}": a for p, t in traces.items() for name, a in t.taps.items()}
+    fields = {p: {name: getattr(t, name) for name in FIELDS} for p, t in traces.items()}
+    save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, path, {"traces": json.dumps(fields)})
+
+
+def _save_table(traces: dict[int, Trace], table: str, path: Path) -> None:
+    columns = [t.columns(table) for t in traces.values()]
+    lengths = [len(c["position"]) for c in columns]
+    joined = {"prompt": np.repeat(np.array([*traces], np.int32), lengths)}
+    joined |= {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
+    floats = [name for name, value in joined.items() if value.dtype == np.float32]
+    others = [name for name in joined if name not in floats]
+    pq.write_table(pa.table(joined), path, compression="zstd", use_dictionary=others, use_byte_stream_split=floats)
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
@@ -140,10 +179,14 @@ def _manifest(directory: Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']!r}")
         for part in manifest["parts"]:
-            part["file"], part["bytes"], part["sha256"], part["prompts"] = (
-                str(part["file"]), int(part["bytes"]), str(part["sha256"]), [int(p) for p in part["prompts"]],
-            )  # fmt: skip
+            part["prompts"] = [int(p) for p in part["prompts"]]
+            part["files"] = {
+                kind: {"file": str(f["file"]), "bytes": int(f["bytes"]), "sha256": str(f["sha256"])}
+                for kind, f in part["files"].items()
+            }
+            part["files"]["act"]
         manifest["prompts"], manifest["about"] = int(manifest["prompts"]), dict(manifest["about"])
+        manifest["taps"] = {tap: {"dims": t["dims"], "dtype": t["dtype"]} for tap, t in manifest["taps"].items()}
         if manifest["about"].get("single") and not manifest["parts"]:
             raise ValueError("no parts")
     except (ValueError, KeyError, TypeError, AttributeError) as err:
@@ -163,11 +206,28 @@ def open(directory: Path | str) -> "Trace | Dump":
     return dump[0]
 
 
+class _Part:
+    """A safetensors part, mapped into memory: arrays are read from the disk where they are touched."""
+
+    def __init__(self, path: Path):
+        raw = np.memmap(path, np.uint8, "r")
+        begin = 8 + int(raw[:8].view("<u8")[0])
+        self.header = json.loads(raw[8:begin].tobytes())
+        self.fields = json.loads(self.header.pop("__metadata__")["traces"])
+        self._data = raw[begin:]
+
+    def array(self, name: str) -> np.ndarray:
+        entry = self.header[name]
+        begin, end = entry["data_offsets"]
+        return self._data[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+
 class Dump:
     """The Traces of a run on disk, also while they are still being written: `dump[7]` is that of prompt 7.
 
     Attributes:
       about: checkpoint, capture, sampling, edits and versions of the run.
+      taps: {name: {"dims": letters of its axes, "dtype": type}}.
       num_prompts: of the run; those finished are `dump.prompts`, and the rest `dump.missing`.
     """
 
@@ -175,9 +235,11 @@ class Dump:
         self.directory = Path(directory)
         manifest = _manifest(self.directory)
         self.about: dict[str, Any] = manifest["about"]
+        self.taps: dict[str, dict[str, str]] = manifest["taps"]
         self.num_prompts: int = manifest["prompts"]
         self._parts = manifest["parts"]
         self._part_of = {p: part for part in self._parts for p in part["prompts"]}
+        self._opened: tuple[str, _Part] | None = None
 
     @property
     def prompts(self) -> list[int]:
@@ -189,7 +251,7 @@ class Dump:
 
     @property
     def nbytes(self) -> int:
-        return sum(part["bytes"] for part in self._parts)
+        return sum(file["bytes"] for part in self._parts for file in part["files"].values())
 
     def __len__(self) -> int:
         return len(self._part_of)
@@ -198,55 +260,77 @@ class Dump:
         return (self[p] for p in self.prompts)
 
     def __getitem__(self, prompt: int) -> Trace:
-        """One Trace; no other is read. Raises KeyError for a prompt that is not there (yet)."""
-        if prompt not in self._part_of:
-            raise KeyError(f"prompt {prompt} is not in {self.directory}: {len(self)} of {self.num_prompts} are")
-        with self._opened(self._part_of[prompt]) as file:
-            fields = json.loads(file.metadata()["traces"])[str(prompt)]
-            arrays = {name: file.get_tensor(f"{prompt}.{name}") for name in ARRAYS}
-            taps = {name: file.get_tensor(f"{prompt}.tap.{name}") for name in fields["dims"]}
-        return Trace(**arrays, taps=taps, **fields)
+        """One Trace; its taps are mapped, so that only what is touched is read. Raises KeyError if it is not there."""
+        part = self._tensors(self._part(prompt))
+        fields = part.fields[str(prompt)]
+        arrays = {name: part.array(f"{prompt}.{name}") for name in ARRAYS}
+        return Trace(**arrays, taps={n: part.array(f"{prompt}.tap.{n}") for n in fields["dims"]}, **fields)
 
-    def to_numpy(self, tap: str) -> tuple[np.ndarray, np.ndarray]:
-        """A tap of all Traces joined along positions, and the prompt [N] of each position. Raises KeyError."""
-        dims, values, prompts = "", [], []
-        for prompt in self.prompts:
-            with self._opened(self._part_of[prompt]) as file:
-                fields = json.loads(file.metadata()["traces"])[str(prompt)]
-                if tap not in fields["dims"]:
-                    raise KeyError(f"prompt {prompt} has no {tap!r}; it has {', '.join(fields['dims'])}")
-                dims = fields["dims"][tap]
-                if "T" not in dims or "S" in dims:
-                    raise KeyError(f"{tap!r} [{' '.join(dims)}] of several prompts cannot be joined along positions")
-                value = file.get_tensor(f"{prompt}.tap.{tap}")
-            values.append(value if value.dtype == np.int32 else value.astype(np.float32))
-            prompts.append(np.full(value.shape[dims.index("T")], prompt))
+    def to_numpy(
+        self, tap: str, layer: int | None = None, *, prompts: Sequence[int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A tap of all Traces, or of some, joined along positions, and the prompt [N] of each position.
+
+        With `layer`, only that layer is read. Raises KeyError for what is not there.
+        """
+        values, of = [], []
+        for prompt in self.prompts if prompts is None else prompts:
+            trace = self[prompt]
+            value = trace[tap] if layer is None else trace[tap, layer]
+            dims = trace.dims[tap] if layer is None else trace.dims[tap][1:]
+            if "T" not in dims or "S" in dims:
+                raise KeyError(f"{tap!r} [{' '.join(dims)}] of several prompts cannot be joined along positions")
+            values.append(value)
+            of.append(np.full(value.shape[dims.index("T")], prompt))
         if not values:
             raise KeyError(f"{self.directory} holds no finished prompt yet")
-        return np.concatenate(values, axis=dims.index("T")), np.concatenate(prompts)
+        return np.concatenate(values, axis=dims.index("T")), np.concatenate(of)
 
-    def to_pandas(self, table: str):
-        """`Trace.to_pandas` of all Traces, with a column "prompt" in front."""
-        import pandas as pd
+    def to_pandas(self, table: str, *, prompts: Sequence[int] | None = None):
+        """`Trace.to_pandas` of all Traces, or of some, with a column "prompt" in front, ordered by it."""
+        where, parts = None, self._parts
+        if prompts is not None:
+            where, holding = [("prompt", "in", list(prompts))], [self._part(p) for p in prompts]
+            parts = [part for part in parts if part in holding]
+        frame = pq.read_table(self._files(table, parts), filters=where).to_pandas()
+        return frame.sort_values("prompt", kind="stable", ignore_index=True)
 
-        frames = {prompt: self[prompt].to_pandas(table) for prompt in self.prompts}
-        return pd.concat(frames, names=["prompt", None]).reset_index(level="prompt").reset_index(drop=True)
+    def files(self, table: str) -> list[str]:
+        """The Parquet files of a table, for DuckDB, polars or Arrow. Raises ValueError, naming the tables there are."""
+        return self._files(table, self._parts)
+
+    def _files(self, table: str, parts: list[dict[str, Any]]) -> list[str]:
+        found = [part["files"][table]["file"] for part in parts if table in part["files"] and table != "act"]
+        if not found:
+            there = sorted({kind for part in self._parts for kind in part["files"]} - {"act"})
+            raise ValueError(f"{self.directory} has no table {table!r}; it has {', '.join(there) or 'none yet'}")
+        return [str(self.directory / name) for name in found]
 
     def verify(self) -> None:
         """Reads every part. Raises ValueError naming one that is missing or was changed since it was written."""
         for part in self._parts:
-            path = self.directory / part["file"]
-            if path.exists():
+            for entry in part["files"].values():
+                path = self._whole(entry)
                 with path.open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() == part["sha256"]:
-                        continue
-            raise ValueError(f"{path} is missing or was changed since it was written: its sha256 is not the manifest's")
+                    if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                        raise ValueError(f"{path} was changed since it was written: its sha256 is not the manifest's")
 
-    def _opened(self, part: dict[str, Any]):
-        path = self.directory / part["file"]
-        if not path.exists() or path.stat().st_size != part["bytes"]:
-            raise ValueError(f"{path} is missing or was changed since it was written: expected {part['bytes']} bytes")
-        return safe_open(path, "np")
+    def _part(self, prompt: int) -> dict[str, Any]:
+        if prompt not in self._part_of:
+            raise KeyError(f"prompt {prompt} is not in {self.directory}: {len(self)} of {self.num_prompts} are")
+        return self._part_of[prompt]
+
+    def _tensors(self, part: dict[str, Any]) -> _Part:
+        entry = part["files"]["act"]
+        if self._opened is None or self._opened[0] != entry["file"]:
+            self._opened = entry["file"], _Part(self._whole(entry))
+        return self._opened[1]
+
+    def _whole(self, entry: dict[str, Any]) -> Path:
+        path = self.directory / entry["file"]
+        if not path.exists() or path.stat().st_size != entry["bytes"]:
+            raise ValueError(f"{path} is missing or was changed since it was written: expected {entry['bytes']} bytes")
+        return path
 
     def __repr__(self) -> str:
         size = look.si(self.nbytes, "B")

@@ -32,6 +32,10 @@ COORDINATES = {
 }
 """Name of the numbers along each dimension letter."""
 
+TABLES = ("tokens", "router")
+ROUTING = ("expert_index", "expert_gate", "router_logits")
+"""Taps the table "router" is made of."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trace:
@@ -147,50 +151,54 @@ class Trace:
         """
         import pandas as pd
 
-        positions = np.arange(len(self))
-        if table == "tokens":
-            if wide:
-                raise ValueError('"tokens" has one row a token already; wide=True is for "router"')
-            columns = {"position": positions, "token": self.tokens, "piece": self.pieces}
-            return pd.DataFrame(columns | {"phase": self.phase, "logprob": self.logprobs})
-        if table != "router":
-            raise ValueError(f'no table {table!r}; tables are "router" and "tokens"')
-        experts, gates, logits = self["expert_index"], self["expert_gate"], self["router_logits"]
-        shifted = np.exp(logits - logits.max(-1, keepdims=True))
-        probs = shifted / shifted.sum(-1, keepdims=True)
-        if (
-            len({str(self.numbers[name] | {"E": None}) for name in ("expert_index", "expert_gate", "router_logits")})
-            > 1
-        ):
-            raise ValueError(
-                "the router table needs router_logits, expert_index and expert_gate of the same layers and positions"
-            )
-        num_layers, length, k = experts.shape
-        rows = np.indices((length, num_layers, k)).reshape(3, -1)
-        position, layer, rank = rows[:, experts[rows[1], rows[0], rows[2]] >= 0]  # -1: nobody was chosen
-        positions = self.coords("expert_index")["position"]
-
-        def chosen(values):
-            return np.take_along_axis(values, np.maximum(experts, 0), axis=-1)[layer, position, rank]
-
-        frame = pd.DataFrame(
-            {
-                "position": positions[position],
-                "piece": np.array(self.pieces, object)[positions[position]],
-                "phase": self.phase[positions[position]],
-                "layer": np.array(self.layers["expert_index"])[layer],
-                "rank": rank,
-                "expert": experts[layer, position, rank],
-                "logit": chosen(logits),
-                "prob": chosen(probs),
-                "gate": gates[layer, position, rank],
-            }
-        )
+        if wide and table == "tokens":
+            raise ValueError('"tokens" has one row a token already; wide=True is for "router"')
+        frame = pd.DataFrame(self.columns(table))
         if not wide:
             return frame
         index, columns = ["position", "piece", "phase"], ["layer", "rank"]
         wide_of = {name: frame.pivot(index=index, columns=columns, values=name) for name in ("expert", "gate")}
         return pd.concat(wide_of, axis=1)
+
+    @property
+    def tables(self) -> list[str]:
+        """Those that `to_pandas` can make of what was captured."""
+        numbers = [self.numbers.get(name, {}) | {"E": None} for name in ROUTING if name in self.taps]
+        return ["tokens"] + ["router"] * (len(numbers) == len(ROUTING) and all(n == numbers[0] for n in numbers))
+
+    def columns(self, table: str) -> dict[str, np.ndarray]:
+        """The columns of a table as arrays of one length; see `to_pandas`."""
+        if table not in TABLES:
+            raise ValueError(f'no table {table!r}; tables are "router" and "tokens"')
+        pieces = np.array(self.pieces, object)
+        if table == "tokens":
+            positions = np.arange(len(self), dtype=np.int32)
+            columns = {"position": positions, "token": self.tokens, "piece": pieces}
+            return columns | {"phase": self.phase, "logprob": self.logprobs}
+        experts, gates, logits = (self[name] for name in ROUTING)
+        if table not in self.tables:
+            raise ValueError(f"the router table needs {', '.join(ROUTING)} of the same layers and positions")
+        shifted = np.exp(logits - logits.max(-1, keepdims=True))
+        probs = shifted / shifted.sum(-1, keepdims=True)
+        num_layers, length, k = experts.shape
+        rows = np.indices((length, num_layers, k), dtype=np.int32).reshape(3, -1)
+        position, layer, rank = rows[:, experts[rows[1], rows[0], rows[2]] >= 0]  # -1: nobody was chosen
+        positions = self.coords("expert_index")["position"].astype(np.int32)[position]
+
+        def chosen(values):
+            return np.take_along_axis(values, np.maximum(experts, 0), axis=-1)[layer, position, rank]
+
+        return {
+            "position": positions,
+            "piece": pieces[positions],
+            "phase": self.phase[positions],
+            "layer": np.array(self.layers["expert_index"], np.int32)[layer],
+            "rank": rank,
+            "expert": experts[layer, position, rank],
+            "logit": chosen(logits),
+            "prob": chosen(probs),
+            "gate": gates[layer, position, rank],
+        }
 
     def save(self, directory: Path | str) -> Path:
         """Writes a dump that grokscope.open reads back. See grokscope.run.dump."""
