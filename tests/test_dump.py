@@ -62,6 +62,52 @@ def test_reading_needs_no_jax(small, tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "d")], check=True)
 
 
+def test_only_what_is_touched_is_read(small, tmp_path):
+    """Taps are mapped: a layer of one prompt can be read where the rest of the file cannot."""
+    made = small.dump(PROMPTS[:3], tmp_path / "d", capture=CAPTURE)
+    value = made[1].taps["resid_post"]
+    base = value
+    while getattr(base, "base", None) is not None and not isinstance(base, np.memmap):
+        base = base.base
+    assert isinstance(base, np.memmap)
+    layer, of = made.to_numpy("resid_post", 2)
+    assert (layer == made.to_numpy("resid_post")[0][1]).all()
+    assert (made.to_numpy("resid_post", 2, prompts=[1])[0] == layer[of == 1]).all()
+    with pytest.raises(KeyError, match="layer 0 of 'resid_post' was not kept"):
+        made.to_numpy("resid_post", 0)
+
+
+def test_tables(small, tmp_path, many_parts):
+    """pandas, DuckDB and polars read the same rows, which are those of the Traces."""
+    import duckdb
+    import pandas as pd
+    import polars
+
+    made = small.dump(PROMPTS, tmp_path / "d", 9, capture=CAPTURE, stop_at_eos=False)
+    for table in ("router", "tokens"):
+        frame = made.to_pandas(table)
+        frames = [trace.to_pandas(table).assign(prompt=p) for p, trace in enumerate(made)]
+        pd.testing.assert_frame_equal(frame, pd.concat(frames, ignore_index=True)[frame.columns], check_dtype=False)
+        chosen = made.to_pandas(table, prompts=[7, 3])
+        assert chosen.equals(frame[frame.prompt.isin([3, 7])].reset_index(drop=True))
+    load = made.to_pandas("router").groupby(["layer", "expert"]).size()
+    glob = str(tmp_path / "d" / "router-*.parquet")
+    counted = duckdb.sql(f"select layer, expert, count(*) n from '{glob}' group by all order by all").df()
+    assert counted.n.tolist() == load.tolist()
+    assert polars.read_parquet(made.files("router"))["gate"].sum() == pytest.approx(made.to_pandas("router").gate.sum())
+    with pytest.raises(ValueError, match="no table 'routers'; it has router, tokens"):
+        made.files("routers")
+    without = small.dump(PROMPTS[:2], tmp_path / "e", capture=())
+    assert without.files("tokens")
+    with pytest.raises(ValueError, match="no table 'router'; it has tokens"):
+        without.to_pandas("router")
+
+
+def test_slow_traces_are_written_too(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(dump_module, "PART_SECONDS", 0)
+    assert len(small.dump(PROMPTS[:3], tmp_path / "d")._parts) == 3
+
+
 def test_torch_reads_it(small, tmp_path):
     torch = pytest.importorskip("torch", reason="torch is not installed here")
     from safetensors.torch import load_file
@@ -176,6 +222,27 @@ def test_a_plan_is_what_a_run_takes(random_checkpoint, numerics):
         assert row["device"] > 0
     assert "in all" in repr(plan)
     assert "<table>" in plan._repr_html_()
+
+
+def test_the_device_bytes_of_a_plan(random_checkpoint, monkeypatch):
+    """Against all buffers that are alive when captures go to the host, while those of a prompt wait too."""
+    import jax
+    from grokscope.run.decode import Run
+
+    wishes = [gs.capture("resid_post"), "attn_pattern", gs.capture("resid_mid", reduce="mean")]
+    prompts, found, flush = [[5] * 100, [6] * 90], [], Run._flush
+
+    def flushed(run):
+        flush(run)
+        alive = {a.unsafe_buffer_pointer(): a.nbytes for a in jax.live_arrays()}
+        found.append(sum(alive.values()))
+
+    monkeypatch.setattr(Run, "_flush", flushed)
+    with gs.load(random_checkpoint) as grok:
+        grok.generate(prompts, 66, capture=wishes, stop_at_eos=False)
+        grok.generate(prompts, 66, capture="router_logits", stop_at_eos=False)
+        more, less = (grok.plan(prompts, 66, capture=wish).total["device"] for wish in (wishes, "router_logits"))
+    assert found[0] - found[2] == pytest.approx(more - less, rel=0.03)
 
 
 def test_the_price_of_grok_1(grok):

@@ -1,7 +1,8 @@
 """What a run keeps in bytes, from shapes alone: nothing is compiled, allocated or run.
 
-device: buffers of the decode step, and the captures of the longest prompt. host: the arrays of all Traces, if every
-prompt makes all its tokens. disk: the same arrays in a dump; its headers and texts are not counted.
+device: buffers of the decode step, their copy while it goes to the host, and the captures of the longest prompt. host:
+the arrays of all Traces, if every prompt makes all its tokens. disk: the same arrays in a dump; its headers, texts and
+tables are not counted.
 """
 
 import dataclasses
@@ -70,7 +71,9 @@ def _decode(hooks: Hooks, kept: Kept, slots: int, length: int, dtype) -> int:
     if not slots or not hooks.reaches(kept)[1]:
         return 0
     made = jax.eval_shape(lambda: hooks.buffers(place, slots, COLUMNS, length, dtype))
-    return sum(_nbytes(made[key]) for key in ([kept.key] if kept.pooled else hooks.in_step(kept)))
+    if kept.pooled:
+        return _nbytes(made[kept.key])
+    return 2 * sum(_nbytes(made[key]) for key in hooks.in_step(kept))
 
 
 def _prompt(hooks: Hooks, kept: Kept, prompt: int, dtype) -> int:
