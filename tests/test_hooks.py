@@ -1,7 +1,9 @@
 """Captures, reductions and edits, against the numpy oracle and against plain runs."""
 
+import dataclasses
 import json
 import threading
+from unittest import mock
 
 import jax
 import numpy as np
@@ -516,3 +518,28 @@ def test_a_batch_that_keeps_nothing(small):
     """All end at the same step, the prompt read last among them."""
     traces = small.generate([TOKENS] * 8, 5, stop_at_eos=False, capture=())
     assert [len(t) for t in traces] == [14] * 8
+
+
+def test_an_end_before_the_capture_warns(small):
+    """Where nothing came of a capture because every sequence stopped before it."""
+    first = small.generate(TOKENS, 1, capture=()).tokens[-1]
+    small_eos = dataclasses.replace(small.config, eos_token=int(first))
+    with mock.patch.object(small, "config", small_eos), pytest.warns(UserWarning, match="'resid_post' is empty"):
+        trace = small.generate(TOKENS, 9, capture=gs.capture("resid_post", steps=[5]))
+    assert trace.meta["finish"] == "eos"
+
+
+def test_captures_are_in_step_with_tokens_when_a_callback_raises(small):
+    """A batch cut short by its callback: pools and arrays are of the tokens that the Traces hold, of all rows."""
+    prompts = [TOKENS, TOKENS[:5], TOKENS[2:]]
+
+    def stop(event):
+        if event.prompt == 1 and event.position == 5 + 3:
+            raise KeyboardInterrupt
+
+    wishes = ["resid_post", gs.capture("resid_post", reduce="mean")]
+    traces = small.generate(prompts, 12, capture=wishes, on_token=stop, stop_at_eos=False)
+    assert [t.meta["finish"] for t in traces] == ["interrupt"] * 3
+    for trace in traces:
+        assert trace["resid_post"].shape[1] == len(trace)
+        np.testing.assert_allclose(trace["resid_post.mean"], trace["resid_post"].mean(1), atol=1e-5)

@@ -67,10 +67,9 @@ class Job:
     def generated(self) -> int:
         return len(self.tokens) - len(self.prompt)
 
-    def advance(self, token: int, logprob: float) -> None:
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        self.finish = self.accept(token, logprob)
+    def judge(self) -> None:
+        """Asks whether the last token is the last of all."""
+        self.finish = self.accept(self.tokens[-1], self.logprobs[-1])
         if self.finish is None and self.generated == self.limit:
             self.finish = "length"
 
@@ -154,10 +153,12 @@ class Run:
         tokens, logprobs = np.asarray(fed.tokens), np.asarray(fed.logprobs)
         if self.step % COLUMNS == 1:
             self._land_chunk()
-        for slot, job in enumerate(self.slots):
-            if job is None:
-                continue
-            job.advance(int(tokens[slot]), float(logprobs[slot]))
+        running = [job for job in self.slots if job]
+        for job in running:  # all of them, then callbacks: one that raises leaves tokens and captures in step
+            job.tokens.append(int(tokens[job.slot]))
+            job.logprobs.append(float(logprobs[job.slot]))
+        for job in running:
+            job.judge()
             if job.finish:
                 self._leave(job, job.finish)
 

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import math
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -420,13 +421,17 @@ class Grok:
                 raise RuntimeError("this Grok was closed; load it again")
             run = Run(self.config, self._weights, call.hooks, call.rows, call.jobs, call.batch_size, todo)
             done: dict[int, Trace] = {}
-            following = 0
+            following, kept = 0, set()
             for job in run.results():
                 done[job.row] = self._trace(job, run, call)
+                kept |= {key for key, value in done[job.row].taps.items() if value.size}
                 while done and (not ordered or following in done):
                     yield done.pop(following if ordered else next(iter(done)))
                     following += 1
             yield from (done[row] for row in sorted(done))  # after an interrupt
+            for missed in call.hooks.kept if todo is None and not run.cut_short else ():
+                if not kept & set(missed.outputs()):
+                    warnings.warn(f"capture {missed.key!r} is empty: every sequence ended before it", stacklevel=3)
 
     def _accept(self, job: Job, watch: "_Watch", token: int, logprob: float, *, stop_at_eos, stops, on_token):
         """Reports a token; says why to stop after it."""
