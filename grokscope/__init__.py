@@ -38,11 +38,12 @@ _NAMES = {
     "Tokenizer": "grokscope.tokenizer",
     "verify": "grokscope.checkpoint.ckpt0",
 }
-_MODULES = {"plot": "grokscope.notebook.plots"}
+_MODULES = {"analysis": "grokscope.analysis", "plot": "grokscope.notebook.plots"}
 
 __all__ = [*_NAMES, *_MODULES]
 
 if TYPE_CHECKING:
+    from grokscope import analysis
     from grokscope.checkpoint.ckpt0 import verify
     from grokscope.config import GROK_1, GrokConfig
     from grokscope.model.taps import TAPS

@@ -1,0 +1,26 @@
+"""Traces -> findings: tidy DataFrames with counts, nulls and intervals. numpy and pandas, no jax.
+
+    from grokscope import analysis
+    analysis.load(dump)                       # share of each expert, against 1/E
+    analysis.specialisation(dump, "class")    # does routing depend on the kind of token, at which layer
+    analysis.lift(dump, "class")              # what does expert 5 of layer 3 take
+
+Everything takes a Trace, a list of Traces or a Dump, which is read prompt by prompt. Prefill and decode are apart unless
+`phase="all"` joins them. Bootstraps resample prompts; all draws follow from a seed.
+"""
+
+from grokscope.analysis.routing import (
+    coactivation,
+    entropy,
+    kept_mass,
+    lift,
+    load,
+    margin,
+    specialisation,
+    transitions,
+    vocabulary,
+)
+
+__all__ = [
+    "coactivation", "entropy", "kept_mass", "lift", "load", "margin", "specialisation", "transitions", "vocabulary",
+]  # fmt: skip

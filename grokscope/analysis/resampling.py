@@ -1,0 +1,71 @@
+"""Intervals by resampling prompts, and nulls by permutation. Deterministic: every draw follows from a seed.
+
+Tokens of a text are alike, and so is their routing; a bootstrap of tokens would promise far too much. Prompts are the
+units that are drawn again.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy.special import ndtr, stdtrit
+
+DRAWS = 499
+CONFIDENCE = 0.95
+
+
+def weights(units: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """float64 [draws, units]: how often each unit is in each bootstrap sample."""
+    return np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=draws).astype(np.float64)
+
+
+def interval(
+    statistic: Callable, *sums: np.ndarray, seed: int = 0, confidence: float = CONFIDENCE
+) -> tuple[np.ndarray, np.ndarray]:
+    """(low, high) of statistic(*sums over units), by the expanded percentile bootstrap.
+
+    sums: arrays [units, ...], of each unit. statistic: of arrays [draws, ...], gives [draws, ...]. Few units make
+    percentiles too narrow; they are taken further out, as Student's t is further out than the normal (Hesterberg 2015,
+    The American Statistician 69:371). With one unit there is nothing to resample: NaN.
+    """
+    units = len(sums[0])
+    times = weights(units, seed=seed)
+    drawn = [(times @ own.reshape(units, -1)).reshape(-1, *own.shape[1:]) for own in sums]
+    values = statistic(*drawn)
+    if units < 2:
+        return np.full(values.shape[1:], np.nan), np.full(values.shape[1:], np.nan)
+    tail = ndtr(np.sqrt(units / (units - 1)) * stdtrit(units - 1, (1 - confidence) / 2))
+    low, high = np.quantile(values, [tail, 1 - tail], axis=0)
+    return low, high
+
+
+def p_values(found: np.ndarray, null: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One-sided p of each of found [N] against null [draws, N]; and corrected for there being N, by the maximum of
+    standardised values (Westfall and Young). Never 0: what was found counts as one of the draws."""
+    spread = null.std(0)
+    spread[spread == 0] = 1
+    z, null_z = (found - null.mean(0)) / spread, (null - null.mean(0)) / spread
+    each = (1 + (null_z >= z).sum(0)) / (1 + len(null))
+    return each, (1 + (null_z.max(1)[:, None] >= z).sum(0)) / (1 + len(null))
+
+
+def matched(shares: np.ndarray, chosen: int, *, rounds: int = 200) -> np.ndarray:
+    """Probability of each pair [..., E, E] when `chosen` different ones are drawn and i is in with shares[..., i].
+
+    The draw that assumes no more than that: every set as likely as the product of its members' weights (conditional
+    Bernoulli), weights fitted to the shares. Without it, experts would seem to avoid each other merely because the two
+    of a token differ.
+    """
+    from itertools import combinations
+
+    sets = np.array(list(combinations(range(shares.shape[-1]), chosen)))
+    member = np.zeros((len(sets), shares.shape[-1]))
+    np.put_along_axis(member, sets, 1, axis=1)
+    logw = np.log(np.maximum(shares, 1e-12))
+    for _ in range(rounds):
+        p = np.exp(logw @ member.T - (logw @ member.T).max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        step = np.log(np.maximum(shares, 1e-12)) - np.log(np.maximum(p @ member, 1e-300))
+        logw += step
+        if np.abs(np.expm1(np.where(shares > 1e-9, step, 0))).max() < 1e-6:
+            break
+    return (p[..., None, :] * member.T) @ member

@@ -1,0 +1,415 @@
+"""What the router does: load, sharpness, which experts go together, and what they are for.
+
+A token chooses a *set* of experts at each layer; everything here is counted as sets, so that the experts of one token,
+which are never the same, are not mistaken for independent draws. `share` is of the choices: an expert that is chosen
+as often as all others has 1/E. Rows are `layer` x `expert` x `phase`, with the numbers of tokens and prompts behind.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import random_table
+
+from grokscope.analysis import resampling
+from grokscope.analysis.sequences import Labels, Source, phases, sequences
+from grokscope.run.trace import Trace
+
+RARE = "(rare)"
+BUFFER = 1 << 22  # positions x layers whose counts are joined at once
+
+
+def load(source: Source, *, phase: str = "each", seed: int = 0) -> pd.DataFrame:
+    """Share of the choices that each expert gets, against 1/E.
+
+    Columns: phase, layer, expert, share, low, high (95 %, prompts resampled), uniform (1/E), count (choices of it),
+    tokens, prompts.
+    """
+    chosen = _Chosen(source)
+    frames = []
+    for name, tokens, counts in chosen.by_prompt(phase):
+        of_expert = counts @ chosen.member  # [P, L, E]
+        low, high = resampling.interval(_shares, of_expert, seed=seed)
+        total = of_expert.sum(0)
+        frames.append(
+            _frame(
+                ("layer", "expert"),
+                (chosen.layers, range(chosen.num_experts)),
+                phase=name,
+                share=_shares(total),
+                low=low,
+                high=high,
+                uniform=1 / chosen.num_experts,
+                count=total.astype(int),
+                tokens=tokens.sum(),
+                prompts=len(tokens),
+            )  # fmt: skip
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def entropy(source: Source, *, phase: str = "each", seed: int = 0) -> pd.DataFrame:
+    """Mean entropy of the router's probabilities at each layer, in bits; log2(E) would be no preference at all.
+
+    Columns: phase, layer, entropy, low, high, most (log2 E), tokens, prompts.
+    """
+    frame = _means(source, lambda p: -np.sum(p * np.log2(np.maximum(p, 1e-30)), axis=-1), "entropy", phase, seed)
+    most = np.log2(next(iter(sequences(source)))["router_logits"].shape[-1])
+    frame.insert(frame.columns.get_loc("high") + 1, "most", most)
+    return frame
+
+
+def margin(source: Source, *, phase: str = "each", seed: int = 0) -> pd.DataFrame:
+    """Mean distance in probability at each layer from the first expert to the second.
+
+    Columns: phase, layer, margin, low, high, tokens, prompts.
+    """
+
+    def first_to_second(p: np.ndarray) -> np.ndarray:
+        best = np.partition(p, -2, axis=-1)
+        return best[..., -1] - best[..., -2]
+
+    return _means(source, first_to_second, "margin", phase, seed)
+
+
+def kept_mass(source: Source, *, phase: str = "each", seed: int = 0) -> pd.DataFrame:
+    """Mean sum of the gates of the chosen experts at each layer. Grok-1 does not renormalise: the rest is lost.
+
+    Columns: phase, layer, kept_mass, low, high, tokens, prompts.
+    """
+    return _means(source, lambda gates: gates.sum(-1), "kept_mass", phase, seed, tap="expert_gate")
+
+
+def coactivation(source: Source, *, phase: str = "each", seed: int = 0) -> pd.DataFrame:
+    """How often two experts are chosen by the same token, against independence.
+
+    Independence is the draw of different experts that gives each its share and assumes no more (see
+    `resampling.matched`). Columns: phase, layer, expert, other (all pairs, expert < other), count, expected, lift
+    (count / expected), low, high (of lift), tokens, prompts. Raises ValueError where tokens chose different numbers of
+    experts, as under `route.force` at some positions.
+    """
+    chosen = _Chosen(source)
+    sizes = set(chosen.member.sum(1).astype(int))
+    if len(sizes) > 1:
+        raise ValueError(f"tokens chose {sorted(sizes)} experts; coactivation needs the same number everywhere")
+    (k,) = sizes
+    first, other = np.triu_indices(chosen.num_experts, 1)
+    pairs = chosen.member[:, first] * chosen.member[:, other]  # [sets, pairs]
+
+    def lifts(sums: np.ndarray) -> np.ndarray:
+        counts = sums @ pairs
+        return _ratio(counts, expected(sums))
+
+    def expected(sums: np.ndarray) -> np.ndarray:
+        tokens = sums.sum(-1, keepdims=True)
+        together = resampling.matched(sums @ chosen.member / np.maximum(tokens, 1), k)
+        return together[..., first, other] * tokens
+
+    frames = []
+    for name, tokens, counts in chosen.by_prompt(phase):
+        total = counts.sum(0)
+        low, high = resampling.interval(lifts, counts, seed=seed)
+        frame = _frame(
+            ("layer", "pair"), (chosen.layers, range(len(first))), phase=name, count=(total @ pairs).astype(int),
+            expected=expected(total), lift=lifts(total), low=low, high=high, tokens=tokens.sum(),
+            prompts=len(tokens),
+        )  # fmt: skip
+        pair = frame.pop("pair").to_numpy()
+        frame.insert(2, "expert", first[pair])
+        frame.insert(3, "other", other[pair])
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def transitions(source: Source, *, phase: str = "each", seed: int = 0) -> pd.DataFrame:
+    """From the experts of a layer to those of the next kept one, against independence of the two layers.
+
+    Columns: phase, layer, next_layer, expert, next (its expert), count (tokens that chose both), expected, lift, low,
+    high, tokens, prompts.
+    """
+    chosen = _Chosen(source)
+    if len(chosen.layers) < 2:
+        raise ValueError(f"transitions need routing of two layers; kept is {chosen.layers}")
+    e = chosen.num_experts
+
+    def moves(codes: np.ndarray) -> np.ndarray:
+        member = chosen.member[codes]  # [L, T, E]
+        return member[:-1].swapaxes(1, 2) @ member[1:]
+
+    def lifts(pairs: np.ndarray, singles: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        return _ratio(pairs, expected(singles, tokens))
+
+    def expected(singles: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        before, after = singles[..., :-1, :, None], singles[..., 1:, None, :]
+        return before * after / np.maximum(tokens, 1)[..., None, None, None]
+
+    frames = []
+    for name, tokens, counts, pairs in chosen.by_prompt(phase, moves):
+        singles = counts @ chosen.member
+        total, single, n = pairs.sum(0), singles.sum(0), tokens.sum(0)
+        low, high = resampling.interval(lifts, pairs, singles, tokens, seed=seed)
+        frame = _frame(
+            ("layer", "expert", "next"), (chosen.layers[:-1], range(e), range(e)), phase=name,
+            count=total.astype(int), expected=expected(single, n), lift=lifts(total, single, n), low=low, high=high,
+            tokens=n, prompts=len(tokens),
+        )  # fmt: skip
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def specialisation(
+    source: Source, by: Any, *, phase: str = "all", min_count: int = 25, draws: int = 199, seed: int = 0
+) -> pd.DataFrame:
+    """Does the choice of experts depend on a label of the token or of its prompt, at which layer, beyond chance?
+
+    `by`: "class" (kind of token), "token", "position", an array over the vocabulary, or one label (or an array with
+    one a token) for each Trace. Labels of fewer than `min_count` tokens are counted together as "(rare)".
+
+    Columns: phase, layer, information (between label and expert, bits), null (its mean if labels were shuffled),
+    null_high (its 95th percentile), excess (information - null), share (excess / entropy of the experts), p, p_adjusted
+    (for all layers of the table), labels, tokens, prompts. What is shuffled is what has a label: prompts where labels
+    are of prompts, else tokens, by drawing tables with the same margins. Tokens of a text are alike, so that labels of
+    tokens which change slowly (a chapter, a speaker) look more special than they are: give those by prompt.
+    """
+    labels = Labels(by, 1 if isinstance(source, Trace) else len(source))
+    chosen = _Chosen(source, labels, min_count)
+    member, rng, frames = chosen.member, np.random.default_rng(seed), []
+    for name, tokens, tables, of_prompt, counts in chosen.by_label(phase):
+        found = _information(tables @ member)
+        null = np.empty((draws, len(chosen.layers)))
+        if labels.by_prompt:
+            for draw in null:
+                draw[:] = _information(_summed(counts, rng.permutation(of_prompt), tables.shape[1]) @ member)
+        else:
+            for layer, table in enumerate(tables):
+                used = table.any(0)
+                drawn = random_table(table[:, used].sum(1), table[:, used].sum(0), seed=rng).rvs(draws)
+                null[:, layer] = _information(drawn @ member[used])
+        p, adjusted = resampling.p_values(found, null)
+        excess = found - null.mean(0)
+        most = _entropy((tables @ member).sum(1))
+        frames.append(
+            _frame(
+                ("layer",),
+                (chosen.layers,),
+                phase=name,
+                information=found,
+                null=null.mean(0),
+                null_high=np.quantile(null, 0.95, axis=0),
+                excess=excess,
+                share=_ratio(excess, most),
+                p=p,
+                p_adjusted=adjusted,
+                labels=tables.shape[1],
+                tokens=tokens.sum(),
+                prompts=len(tokens),
+            )  # fmt: skip
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def lift(
+    source: Source, by: Any, *, phase: str = "all", min_count: int = 25, draws: int = 199, seed: int = 0
+) -> pd.DataFrame:
+    """What each expert is for: how much oftener a label comes to it than chance says.
+
+    `by`, `min_count` and what is shuffled are as in `specialisation`. Columns: phase, layer, expert, label, lift
+    (count / expected), count (choices of the expert by tokens of the label), expected, z (distance of count from
+    expected in standard deviations of the null), label_count (tokens of the label), tokens, prompts.
+    """
+    labels = Labels(by, 1 if isinstance(source, Trace) else len(source))
+    chosen = _Chosen(source, labels, min_count)
+    rng, frames = np.random.default_rng(seed), []
+    for name, tokens, tables, of_prompt, counts in chosen.by_label(phase):
+        found, n = tables @ chosen.member, tables.sum((1, 2))[0]  # [L, R, E]
+        of_label = tables[0].sum(-1)
+        if labels.by_prompt:
+            drawn = [_summed(counts, rng.permutation(of_prompt), tables.shape[1]) @ chosen.member for _ in range(draws)]
+            expected, spread = np.mean(drawn, 0), np.std(drawn, 0)
+        else:  # hypergeometric: of n tokens, `share` of which choose the expert, those of the label are drawn
+            share = found.sum(1, keepdims=True) / n
+            expected = of_label[:, None] * share
+            spread = np.sqrt(expected * (1 - share) * ((n - of_label) / max(n - 1, 1))[:, None])
+        frame = _frame(
+            ("layer", "label", "expert"), (chosen.layers, range(tables.shape[1]), range(chosen.num_experts)),
+            phase=name, lift=_ratio(found, expected), count=found.astype(int), expected=expected,
+            z=_ratio(found - expected, spread), label_count=np.broadcast_to(of_label[:, None], found.shape).astype(int),
+            tokens=n, prompts=len(tokens),
+        )  # fmt: skip
+        frame["label"] = chosen.labels[frame["label"]]
+        frames.append(frame)
+    order = ["phase", "layer", "expert", "label"]
+    frame = pd.concat(frames, ignore_index=True)
+    return frame[[*order, *(c for c in frame if c not in order)]].sort_values(
+        order[:3], kind="stable", ignore_index=True
+    )
+
+
+def vocabulary(source: Source, *, top: int = 10, phase: str = "all", min_count: int = 25) -> pd.DataFrame:
+    """For each expert the tokens it takes most beyond chance: the `top` highest lifts with z above 3.
+
+    Columns as in `lift`, the label being the piece. Empty for experts without such a token.
+    """
+    frame = lift(source, "token", phase=phase, min_count=min_count)
+    frame = frame[(frame.z > 3) & (frame.label != RARE)].sort_values("lift", ascending=False, kind="stable")
+    best = frame.groupby(["phase", "layer", "expert"], sort=False).head(top)
+    return best.sort_values(["phase", "layer", "expert"], kind="stable", ignore_index=True)
+
+
+class _Chosen:
+    """Which sets of experts the tokens of a source choose, counted in passes over it.
+
+    Attributes:
+      layers: numbers of the kept layers, the same in all Traces.
+      member: float64 [S, E]: the experts of each of the S sets that occur.
+      labels: the values of the labels, object [R].
+    """
+
+    def __init__(self, source: Source, labels: Labels | None = None, min_count: int = 0):
+        self._source, self._labels = source, labels
+        masks, seen, self.layers = np.empty(0, np.int64), {}, None
+        for index, trace in enumerate(sequences(source)):
+            layers = trace.layers.get("expert_index")
+            experts, self.num_experts = trace["expert_index"], trace.meta["config"]["num_experts"]
+            if self.layers not in (None, layers):
+                raise ValueError(f"Trace {index} has routing of layers {layers}, those before of {self.layers}")
+            self.layers = layers
+            masks = np.union1d(masks, np.unique(_masks(experts)))
+            if labels is not None:
+                at = trace.coords("expert_index")["position"]
+                for value, count in zip(*np.unique(labels.of(index, trace)[at].astype(str), return_counts=True)):
+                    seen[value] = seen.get(value, 0) + count
+        self._codes = masks
+        self.member = (masks[:, None] >> np.arange(self.num_experts) & 1).astype(np.float64)
+        common = sorted(value for value, count in seen.items() if count >= min_count)
+        self.labels = np.array(common + [RARE] * (len(common) < len(seen)), object)
+        self._label_code = dict(zip(common, range(len(common))))
+
+    def _read(self, phase: str):
+        """For each Trace and group of its positions: (name, sets [L, T], labels [T] as numbers)."""
+        groups = phases(phase)
+        for index, trace in enumerate(sequences(self._source)):
+            at = trace.coords("expert_index")["position"]
+            codes = np.searchsorted(self._codes, _masks(trace["expert_index"]))
+            labels = None
+            if self._labels is not None:
+                rare = len(self._label_code)
+                values = self._labels.of(index, trace)[at].astype(str)
+                unique, inverse = np.unique(values, return_inverse=True)
+                labels = np.array([self._label_code.get(v, rare) for v in unique])[inverse]
+            for name, of in groups:
+                rows = of(trace.phase)[at]
+                if rows.any():
+                    yield name, codes[:, rows], None if labels is None else labels[rows]
+
+    def by_prompt(self, phase: str, *also: Callable):
+        """(name, tokens [P], counts [P, L, S] of sets, and of each `also` its values of the sets [L, T], stacked)."""
+        found: dict[str, list] = {}
+        for name, codes, _ in self._read(phase):
+            values = (codes.shape[1], self._count(codes), *(one(codes) for one in also))
+            found.setdefault(name, []).append(values)
+        if not found:
+            raise ValueError(f"no token with routing belongs to phase {phase!r}")
+        for name, rows in found.items():
+            yield name, *(np.array(column, np.float64) for column in zip(*rows, strict=True))
+
+    def _count(self, codes: np.ndarray) -> np.ndarray:
+        layers, sets = len(self.layers), len(self.member)
+        flat = codes + np.arange(layers)[:, None] * sets
+        return np.bincount(flat.ravel(), minlength=layers * sets).reshape(layers, sets)
+
+    def by_label(self, phase: str):
+        """(name, tokens [P], tables [L, R, S], and, where labels are of prompts, the label [P] and counts [P, L, S])."""
+        shape = (len(self.layers), len(self.labels), len(self.member))
+        groups: dict[str, tuple] = {}
+        for name, codes, labels in self._read(phase):
+            flat = (np.arange(shape[0])[:, None] * shape[1] + labels) * shape[2] + codes
+            tokens, waiting, tables, of_prompt, counts = groups.setdefault(
+                name, ([], [], np.zeros(np.prod(shape)), [], [])
+            )
+            tokens.append(codes.shape[1])
+            waiting.append(flat.ravel())
+            if sum(map(len, waiting)) > BUFFER:
+                _drain(waiting, tables)
+            if self._labels.by_prompt:
+                of_prompt.append(labels[0])
+                counts.append(self._count(codes))
+        if not groups:
+            raise ValueError(f"no token with routing belongs to phase {phase!r}")
+        for name, (tokens, waiting, tables, of_prompt, counts) in groups.items():
+            _drain(waiting, tables)
+            yield name, np.array(tokens), tables.reshape(shape), np.array(of_prompt), np.array(counts)
+
+
+def _masks(experts: np.ndarray) -> np.ndarray:
+    """int64 [L, T]: the set of experts of each token, a bit for each; -1 is nobody."""
+    return np.where(experts >= 0, 1 << experts.astype(np.int64), 0).sum(-1)
+
+
+def _drain(waiting: list[np.ndarray], tables: np.ndarray) -> None:
+    if waiting:
+        tables += np.bincount(np.concatenate(waiting), minlength=len(tables))
+        waiting.clear()
+
+
+def _summed(counts: np.ndarray, labels: np.ndarray, num_labels: int) -> np.ndarray:
+    """[L, R, S] of counts [P, L, S], summed over the prompts of each label."""
+    return np.tensordot(labels == np.arange(num_labels)[:, None], counts, 1).swapaxes(0, 1)
+
+
+def _shares(counts: np.ndarray) -> np.ndarray:
+    return _ratio(counts, counts.sum(-1, keepdims=True))
+
+
+def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b; NaN where b is 0."""
+    a, b = np.broadcast_arrays(a, b)
+    return np.divide(a, b, out=np.full(a.shape, np.nan), where=b != 0)
+
+
+def _entropy(counts: np.ndarray) -> np.ndarray:
+    """Bits of the shares along the last axis."""
+    p = counts / counts.sum(-1, keepdims=True)
+    return -(p * np.log2(np.maximum(p, 1e-300))).sum(-1)
+
+
+def _information(tables: np.ndarray) -> np.ndarray:
+    """Mutual information in bits between rows and columns of tables [..., R, C]."""
+    flat = tables.reshape(*tables.shape[:-2], -1)
+    return _entropy(tables.sum(-1)) + _entropy(tables.sum(-2)) - _entropy(flat)
+
+
+def _means(source: Source, measure: Callable, name: str, phase: str, seed: int, tap="router_logits") -> pd.DataFrame:
+    """The mean over tokens of a measure of a tap [L, T, ...] -> [L, T], layer by layer."""
+    sums: dict[str, list] = {}
+    for trace in sequences(source):
+        at, layers = trace.coords(tap)["position"], trace.layers[tap]
+        value = trace[tap]
+        if tap == "router_logits":
+            value = np.exp(value - value.max(-1, keepdims=True))
+            value /= value.sum(-1, keepdims=True)
+        found = measure(value)
+        for group, of in phases(phase):
+            rows = of(trace.phase)[at]
+            if rows.any():
+                sums.setdefault(group, []).append((rows.sum(), found[:, rows].sum(1)))
+    if not sums:
+        raise ValueError(f"no token with routing belongs to phase {phase!r}")
+    frames = []
+    for group, rows in sums.items():
+        tokens, total = (np.array(column, np.float64) for column in zip(*rows, strict=True))
+        low, high = resampling.interval(lambda n, t: t / n[:, None], tokens, total, seed=seed)
+        values = {name: total.sum(0) / tokens.sum(), "low": low, "high": high}
+        frames.append(_frame(("layer",), (layers,), phase=group, **values, tokens=tokens.sum(), prompts=len(tokens)))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _frame(axes: tuple[str, ...], numbers: tuple, *, phase: str, **columns) -> pd.DataFrame:
+    """A row for each combination of the numbers along the axes; columns are arrays over them, or one value."""
+    shape = tuple(len(n) for n in numbers)
+    grid = np.meshgrid(*(np.asarray(n) for n in numbers), indexing="ij")
+    values = {name: np.broadcast_to(value, shape).ravel() for name, value in columns.items()}
+    for name in ("tokens", "prompts"):
+        values[name] = values[name].astype(int)
+    return pd.DataFrame({"phase": phase} | {n: g.ravel() for n, g in zip(axes, grid, strict=True)} | values)
