@@ -5,8 +5,9 @@
     analysis.specialisation(dump, "class")    # does routing depend on the kind of token, at which layer
     analysis.lift(dump, "class")              # what does expert 5 of layer 3 take
 
-Everything takes a Trace, a list of Traces or a Dump, which is read prompt by prompt. Prefill and decode are apart unless
-`phase="all"` joins them. Bootstraps resample prompts; all draws follow from a seed.
+Everything takes a Trace, a list of Traces or a Dump, which is read prompt by prompt. `phase` is "each" (prefill and
+decode apart), "all" (joined), "prefill" or "decode"; it is a column of every table. Bootstraps resample prompts; all
+draws follow from a seed.
 """
 
 from grokscope.analysis.routing import (

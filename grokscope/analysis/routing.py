@@ -44,7 +44,7 @@ def load(source: Source, *, phase: str = "each", seed: int = 0) -> pd.DataFrame:
                 count=total.astype(int),
                 tokens=tokens.sum(),
                 prompts=len(tokens),
-            )  # fmt: skip
+            )
         )
     return pd.concat(frames, ignore_index=True)
 
@@ -204,7 +204,7 @@ def specialisation(
                 labels=tables.shape[1],
                 tokens=tokens.sum(),
                 prompts=len(tokens),
-            )  # fmt: skip
+            )
         )
     return pd.concat(frames, ignore_index=True)
 
@@ -320,7 +320,7 @@ class _Chosen:
         return np.bincount(flat.ravel(), minlength=layers * sets).reshape(layers, sets)
 
     def by_label(self, phase: str):
-        """(name, tokens [P], tables [L, R, S], and, where labels are of prompts, the label [P] and counts [P, L, S])."""
+        """(name, tokens [P], tables [L, R, S]; and, where labels are of prompts, the label [P], counts [P, L, S])."""
         shape = (len(self.layers), len(self.labels), len(self.member))
         groups: dict[str, tuple] = {}
         for name, codes, labels in self._read(phase):
@@ -339,7 +339,7 @@ class _Chosen:
             raise ValueError(f"no token with routing belongs to phase {phase!r}")
         for name, (tokens, waiting, tables, of_prompt, counts) in groups.items():
             _drain(waiting, tables)
-            yield name, np.array(tokens), tables.reshape(shape), np.array(of_prompt), np.array(counts)
+            yield name, np.array(tokens), tables.reshape(shape), np.array(of_prompt), np.array(counts, np.float64)
 
 
 def _masks(experts: np.ndarray) -> np.ndarray:
@@ -355,7 +355,7 @@ def _drain(waiting: list[np.ndarray], tables: np.ndarray) -> None:
 
 def _summed(counts: np.ndarray, labels: np.ndarray, num_labels: int) -> np.ndarray:
     """[L, R, S] of counts [P, L, S], summed over the prompts of each label."""
-    return np.tensordot(labels == np.arange(num_labels)[:, None], counts, 1).swapaxes(0, 1)
+    return np.tensordot((labels == np.arange(num_labels)[:, None]).astype(np.float64), counts, 1).swapaxes(0, 1)
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:
