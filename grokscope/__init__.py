@@ -35,6 +35,7 @@ _NAMES = {
     "edit": "grokscope.run.edits",
     "route": "grokscope.run.edits",
     "TAPS": "grokscope.model.taps",
+    "compare": "grokscope.analysis.compare",
     "Tokenizer": "grokscope.tokenizer",
     "verify": "grokscope.checkpoint.ckpt0",
 }
@@ -44,6 +45,7 @@ __all__ = [*_NAMES, *_MODULES]
 
 if TYPE_CHECKING:
     from grokscope import analysis
+    from grokscope.analysis.compare import compare
     from grokscope.checkpoint.ckpt0 import verify
     from grokscope.config import GROK_1, GrokConfig
     from grokscope.model.taps import TAPS

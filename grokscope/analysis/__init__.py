@@ -10,6 +10,8 @@ decode apart), "all" (joined), "prefill" or "decode"; it is a column of every ta
 draws follow from a seed.
 """
 
+from grokscope.analysis.attention import by_class, heads, shown
+from grokscope.analysis.compare import Comparison, compare
 from grokscope.analysis.routing import (
     coactivation,
     entropy,
@@ -23,5 +25,6 @@ from grokscope.analysis.routing import (
 )
 
 __all__ = [
-    "coactivation", "entropy", "kept_mass", "lift", "load", "margin", "specialisation", "transitions", "vocabulary",
+    "Comparison", "by_class", "coactivation", "compare", "entropy", "heads", "kept_mass", "lift", "load", "margin",
+    "shown", "specialisation", "transitions", "vocabulary",
 ]  # fmt: skip

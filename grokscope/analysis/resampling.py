@@ -13,6 +13,12 @@ DRAWS = 499
 CONFIDENCE = 0.95
 
 
+def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b; NaN where b is 0."""
+    a, b = np.broadcast_arrays(a, b)
+    return np.divide(a, b, out=np.full(a.shape, np.nan), where=b != 0)
+
+
 def weights(units: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """float64 [draws, units]: how often each unit is in each bootstrap sample."""
     return np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=draws).astype(np.float64)

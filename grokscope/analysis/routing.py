@@ -13,6 +13,7 @@ import pandas as pd
 from scipy.stats import random_table
 
 from grokscope.analysis import resampling
+from grokscope.analysis.resampling import ratio
 from grokscope.analysis.sequences import Labels, Source, phases, sequences
 from grokscope.run.trace import Trace
 
@@ -99,7 +100,7 @@ def coactivation(source: Source, *, phase: str = "each", seed: int = 0) -> pd.Da
 
     def lifts(sums: np.ndarray) -> np.ndarray:
         counts = sums @ pairs
-        return _ratio(counts, expected(sums))
+        return ratio(counts, expected(sums))
 
     def expected(sums: np.ndarray) -> np.ndarray:
         tokens = sums.sum(-1, keepdims=True)
@@ -138,7 +139,7 @@ def transitions(source: Source, *, phase: str = "each", seed: int = 0) -> pd.Dat
         return member[:-1].swapaxes(1, 2) @ member[1:]
 
     def lifts(pairs: np.ndarray, singles: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        return _ratio(pairs, expected(singles, tokens))
+        return ratio(pairs, expected(singles, tokens))
 
     def expected(singles: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         before, after = singles[..., :-1, :, None], singles[..., 1:, None, :]
@@ -198,7 +199,7 @@ def specialisation(
                 null=null.mean(0),
                 null_high=np.quantile(null, 0.95, axis=0),
                 excess=excess,
-                share=_ratio(excess, most),
+                share=ratio(excess, most),
                 p=p,
                 p_adjusted=adjusted,
                 labels=tables.shape[1],
@@ -233,8 +234,8 @@ def lift(
             spread = np.sqrt(expected * (1 - share) * ((n - of_label) / max(n - 1, 1))[:, None])
         frame = _frame(
             ("layer", "label", "expert"), (chosen.layers, range(tables.shape[1]), range(chosen.num_experts)),
-            phase=name, lift=_ratio(found, expected), count=found.astype(int), expected=expected,
-            z=_ratio(found - expected, spread), label_count=np.broadcast_to(of_label[:, None], found.shape).astype(int),
+            phase=name, lift=ratio(found, expected), count=found.astype(int), expected=expected,
+            z=ratio(found - expected, spread), label_count=np.broadcast_to(of_label[:, None], found.shape).astype(int),
             tokens=n, prompts=len(tokens),
         )  # fmt: skip
         frame["label"] = chosen.labels[frame["label"]]
@@ -359,13 +360,7 @@ def _summed(counts: np.ndarray, labels: np.ndarray, num_labels: int) -> np.ndarr
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:
-    return _ratio(counts, counts.sum(-1, keepdims=True))
-
-
-def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a / b; NaN where b is 0."""
-    a, b = np.broadcast_arrays(a, b)
-    return np.divide(a, b, out=np.full(a.shape, np.nan), where=b != 0)
+    return ratio(counts, counts.sum(-1, keepdims=True))
 
 
 def _entropy(counts: np.ndarray) -> np.ndarray:

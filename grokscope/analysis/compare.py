@@ -1,0 +1,154 @@
+"""Two runs side by side: where the text, the routing and the predictions part."""
+
+import dataclasses
+import difflib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from grokscope.run.trace import ROUTING, Trace
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Comparison:
+    """Traces a and b, aligned by token.
+
+    Attributes:
+      pairs: int [N, 2] of positions in a and b that hold the same token of a common stretch, in order.
+      divergence: length of their common beginning, or None if a and b have the same tokens.
+      layers: layer numbers of `routing`, those that both kept; none without routing.
+      routing: float32 [L, N], distance of the router's probabilities at a pair: half the sum of the absolute
+        differences, 0 alike, 1 nothing in common.
+      swapped: bool [L, N], whether the set of chosen experts differs.
+      divergence_nats: float32 [N], KL(a, b) of the next token, or None where one of them has no "logits".
+    """
+
+    a: Trace
+    b: Trace
+    pairs: np.ndarray
+    divergence: int | None
+    layers: list[int]
+    routing: np.ndarray
+    swapped: np.ndarray
+    divergence_nats: np.ndarray | None
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """A row for every token of either, in order: position_a, position_b (-1: not there), piece_a, piece_b,
+        logprob_a, logprob_b (nats), routing (mean over layers), layers_swapped, kl (nats; NaN without logits)."""
+        import pandas as pd
+
+        rows, at = [], {"a": 0, "b": 0}
+
+        def alone(side: str, trace: Trace, until: int) -> None:
+            for i in range(at[side], until):
+                rows.append(
+                    {f"position_{side}": i, f"piece_{side}": trace.pieces[i], f"logprob_{side}": trace.logprobs[i]}
+                )
+            at[side] = until
+
+        for n, (i, j) in enumerate(self.pairs):
+            alone("a", self.a, i)
+            alone("b", self.b, j)
+            row = {
+                "position_a": i, "position_b": j, "piece_a": self.a.pieces[i], "piece_b": self.b.pieces[j],
+                "logprob_a": self.a.logprobs[i], "logprob_b": self.b.logprobs[j],
+            }  # fmt: skip
+            if self.layers:
+                row |= {"routing": self.routing[:, n].mean(), "layers_swapped": self.swapped[:, n].sum()}
+            if self.divergence_nats is not None:
+                row["kl"] = self.divergence_nats[n]
+            rows.append(row)
+            at = {"a": i + 1, "b": j + 1}
+        alone("a", self.a, len(self.a))
+        alone("b", self.b, len(self.b))
+        columns = [
+            "position_a",
+            "position_b",
+            "piece_a",
+            "piece_b",
+            "logprob_a",
+            "logprob_b",
+            "routing",
+            "layers_swapped",
+            "kl",
+        ]
+        frame = pd.DataFrame(rows, columns=columns)
+        frame[["position_a", "position_b"]] = frame[["position_a", "position_b"]].fillna(-1).astype(int)
+        return frame
+
+    def __repr__(self) -> str:
+        where = (
+            f"same {len(self.a)} tokens"
+            if self.divergence is None
+            else f"texts part at position {self.divergence} ({_piece(self.a, self.divergence)!r}, "
+            f"{_piece(self.b, self.divergence)!r})"
+        )
+        routing = (
+            f"; routing differs by {self.routing.mean():.3f}, other experts at {self.swapped.mean():.1%} of "
+            f"{self.swapped.size} choices"
+            if self.layers and len(self.pairs)
+            else ""
+        )
+        kl = (
+            f"; KL {self.divergence_nats.mean():.3g} nats a token"
+            if self.divergence_nats is not None and len(self.pairs)
+            else ""
+        )
+        return f"Comparison({where}; {len(self.pairs)} aligned{routing}{kl})"
+
+
+def compare(a: Trace, b: Trace) -> Comparison:
+    """Where two runs part: of the same prompt under edits, of two prompts, of two checkpoints with one vocabulary.
+
+    Tokens are aligned as in a diff; routing and, where both have "logits", predictions are compared at the pairs.
+    """
+    for trace in (a, b):
+        if not isinstance(trace, Trace):
+            raise TypeError(f"compare takes two Traces; got {type(trace).__name__}")
+    blocks = difflib.SequenceMatcher(None, a.tokens.tolist(), b.tokens.tolist(), autojunk=False).get_matching_blocks()
+    pairs = np.array([(m.a + i, m.b + i) for m in blocks for i in range(m.size)], int).reshape(-1, 2)
+    shorter = min(len(a), len(b))
+    differing = np.flatnonzero(a.tokens[:shorter] != b.tokens[:shorter])
+    divergence = int(differing[0]) if len(differing) else None if len(a) == len(b) else shorter
+
+    layers, routing, swapped = [], np.empty((0, len(pairs)), np.float32), np.empty((0, len(pairs)), bool)
+    if all(_whole(t, name) for t in (a, b) for name in ROUTING):
+        layers = [n for n in a.layers["router_logits"] if n in b.layers["router_logits"]]
+    if layers:
+        probs = [
+            [_softmax(t["router_logits", n][at]) for n in layers] for t, at in ((a, pairs[:, 0]), (b, pairs[:, 1]))
+        ]
+        routing = np.abs(np.array(probs[0]) - np.array(probs[1])).sum(-1) / 2
+        sets = [[np.sort(t["expert_index", n][at]) for n in layers] for t, at in ((a, pairs[:, 0]), (b, pairs[:, 1]))]
+        swapped = (
+            np.ones(routing.shape, bool)
+            if np.shape(sets[0]) != np.shape(sets[1])
+            else (np.array(sets[0]) != np.array(sets[1])).any(-1)
+        )
+    kl = None
+    if all(_whole(t, "logits") for t in (a, b)):
+        log_a, log_b = (
+            _log_softmax(t["logits"][at].astype(np.float64)) for t, at in ((a, pairs[:, 0]), (b, pairs[:, 1]))
+        )
+        kl = (np.exp(log_a) * (log_a - log_b)).sum(-1)
+    return Comparison(a, b, pairs, divergence, layers, routing, swapped, kl)
+
+
+def _whole(trace: Trace, tap: str) -> bool:
+    return tap in trace.taps and "T" not in trace.numbers.get(tap, {}) and "E" not in trace.numbers.get(tap, {})
+
+
+def _piece(trace: Trace, position: int) -> str:
+    return trace.pieces[position] if position < len(trace) else "(end)"
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    return np.exp(_log_softmax(x))
