@@ -155,17 +155,21 @@ def transitions(source: Source, *, phase: str = "each", seed: int = 0) -> pd.Dat
             count=total.astype(int), expected=expected(single, n), lift=lifts(total, single, n), low=low, high=high,
             tokens=n, prompts=len(tokens),
         )  # fmt: skip
+        at = frame.pop("layer")
+        frame.insert(1, "layer", at)
+        frame.insert(2, "next_layer", at.map(dict(zip(chosen.layers, chosen.layers[1:], strict=False))))
         frames.append(frame)
     return pd.concat(frames, ignore_index=True)
 
 
 def specialisation(
-    source: Source, by: Any, *, phase: str = "all", min_count: int = 25, draws: int = 199, seed: int = 0
+    source: Source, by: Any, *, phase: str = "all", min_count: int | None = None, draws: int = 199, seed: int = 0
 ) -> pd.DataFrame:
     """Does the choice of experts depend on a label of the token or of its prompt, at which layer, beyond chance?
 
     `by`: "class" (kind of token), "token", "position", an array over the vocabulary, or one label (or an array with
-    one a token) for each Trace. Labels of fewer than `min_count` tokens are counted together as "(rare)".
+    one a token) for each Trace.
+    Labels of fewer than `min_count` tokens (25, or one in 5,000 where that is more) are counted as "(rare)" together.
 
     Columns: phase, layer, information (between label and expert, bits), null (its mean if labels were shuffled),
     null_high (its 95th percentile), excess (information - null), share (excess / entropy of the experts), p, p_adjusted
@@ -211,7 +215,7 @@ def specialisation(
 
 
 def lift(
-    source: Source, by: Any, *, phase: str = "all", min_count: int = 25, draws: int = 199, seed: int = 0
+    source: Source, by: Any, *, phase: str = "all", min_count: int | None = None, draws: int = 199, seed: int = 0
 ) -> pd.DataFrame:
     """What each expert is for: how much oftener a label comes to it than chance says.
 
@@ -247,7 +251,7 @@ def lift(
     )
 
 
-def vocabulary(source: Source, *, top: int = 10, phase: str = "all", min_count: int = 25) -> pd.DataFrame:
+def vocabulary(source: Source, *, top: int = 10, phase: str = "all", min_count: int | None = None) -> pd.DataFrame:
     """For each expert the tokens it takes most beyond chance: the `top` highest lifts with z above 3.
 
     Columns as in `lift`, the label being the piece. Empty for experts without such a token.
@@ -267,7 +271,7 @@ class _Chosen:
       labels: the values of the labels, object [R].
     """
 
-    def __init__(self, source: Source, labels: Labels | None = None, min_count: int = 0):
+    def __init__(self, source: Source, labels: Labels | None = None, min_count: int | None = None):
         self._source, self._labels = source, labels
         masks, seen, self.layers = np.empty(0, np.int64), {}, None
         for index, trace in enumerate(sequences(source)):
@@ -283,6 +287,8 @@ class _Chosen:
                     seen[value] = seen.get(value, 0) + count
         self._codes = masks
         self.member = (masks[:, None] >> np.arange(self.num_experts) & 1).astype(np.float64)
+        if min_count is None:
+            min_count = max(25, sum(seen.values()) // 5000)
         common = sorted(value for value, count in seen.items() if count >= min_count)
         self.labels = np.array(common + [RARE] * (len(common) < len(seen)), object)
         self._label_code = dict(zip(common, range(len(common))))
