@@ -21,7 +21,7 @@ V, D, C, H = 32, 256, 64, 4
 IDENTITY, BEFORE = slice(0, 32), slice(32, 64)
 CONSTANT, DIGIT, CAPITAL, BOS = 64, 65, 66, 67
 HASH = slice(70, 78)  # a number for each token: which of the other experts it takes
-WRITTEN = slice(80, 112)  # by experts: read by nobody
+WRITTEN = slice(80, 112)  # by experts, and a little into IDENTITY
 PREVIOUS, DUPLICATE, INDUCTION = (0, 1), (0, 2), (1, 3)  # (layer, head)
 IDLE_LAYER = 2
 DIGITS, CAPITALS, DEAD, TWINS = 3, 5, 7, (0, 1)
@@ -103,6 +103,7 @@ def _experts(layer: int) -> dict[str, np.ndarray]:
     down = np.zeros((8, f, D))
     if layer != IDLE_LAYER:
         down[:, :, WRITTEN] = rng.normal(size=(8, f, 32))
+        down[:, :, IDENTITY] = 0.02 * rng.normal(size=(8, f, 32))
     for w in (gate, up, down):
         w[TWINS[1]] = w[TWINS[0]]
     router = np.zeros((D, 8))

@@ -277,3 +277,166 @@ def test_compare(made):
     assert same.routing.max() == 0
     with pytest.raises(TypeError, match="takes two Traces"):
         gs.compare(plain, "text")
+
+
+def test_what_heads_read_where_routing_changed(made):
+    prompt = planted.repeated(20, 3)[:30]
+    keep = ["router_logits", "attn_pattern"]
+    plain = made.trace(prompt, capture=keep)
+    with made.edits(gs.ablate(layers=0, heads=planted.PREVIOUS[1]), gs.route.ban(layers=1, experts=planted.DIGITS)):
+        other = made.trace(prompt, capture=keep)
+    found = gs.compare(plain, other)
+    frame = analysis.read_at_swaps(found)
+    assert len(frame) == 4 * found.swapped.sum()
+    top = frame[(frame.layer == 1) & (frame.position > 20)].iloc[0]
+    assert top["head"] == planted.INDUCTION[1], "it read the wrong place without the head it builds on"
+    a, b = (t["attn_pattern", 1][top["head"], top.position] for t in (plain, other))
+    assert top.moved == pytest.approx(np.abs(a - b).sum() / 2, abs=1e-5)
+    assert (top.weight_a, top.weight_b) == (a[top.key_position], b[top.key_position])
+
+
+# Causes
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A repeated sequence cut before its last token, the same with that token changed at its first occurrence, the
+    answer, and what the change makes of it."""
+    whole = planted.repeated(12, 1)
+    other = next(i for i in range(1, planted.V) if i not in whole)
+    return whole[:-1], [*whole[:12], other, *whole[13:-1]], whole[-1], other
+
+
+@pytest.mark.parametrize("method", ["zero", "mean"])
+def test_ablations_name_what_was_planted(made, method):
+    prompts = [planted.repeated(20, seed) for seed in range(6)]
+    heads = analysis.ablations(made, prompts, "heads", method=method).sort_values("effect", ascending=False)
+    assert {(r.layer, r["head"]) for _, r in heads.iloc[:2].iterrows()} == {planted.PREVIOUS, planted.INDUCTION}
+    assert heads.effect.iloc[1] > 1
+    assert heads.effect.iloc[2:].abs().max() < 1e-3
+    layers = analysis.ablations(made, prompts, "layers", method=method)
+    assert layers.effect[planted.IDLE_LAYER] == pytest.approx(0, abs=1e-5)
+    assert layers.effect.drop(planted.IDLE_LAYER).min() > 1
+
+
+def test_ablations_equal_one_at_a_time(grok):
+    """On the bundled model: every row of a sweep is the run with that edit alone; by class, they add up."""
+    prompts = ["The old keeper of the lighthouse went down to the sea.", "def area(r):\n    return 3.14 * r ** 2\n"]
+    for over, part in (("heads", "head"), ("experts", "expert")):
+        frame = analysis.ablations(grok, prompts, over)
+        split = analysis.ablations(grok, prompts, over, by="class")
+        for row in frame.sample(3, random_state=0).itertuples():
+            number = getattr(row, part)
+            with grok.edits(gs.ablate(layers=row.layer, **{over: number})):
+                assert row.loss == pytest.approx(grok.loss(prompts).nats_per_token, abs=1e-6)
+            own = split[(split.layer == row.layer) & (split[part] == number)]
+            assert (own.effect * own.tokens).sum() / own.tokens.sum() == pytest.approx(row.effect, abs=1e-6)
+
+
+def test_twins_are_the_same_expert(made):
+    """Forced to either, the model says the same; forced to another, it does not (their outputs differ)."""
+    prompt = planted.prompt(12, 3)
+    frame = analysis.counterfactuals(made, prompt, layers=[0]).set_index("expert")
+    a, b = planted.TWINS
+    assert frame.kl[a] == pytest.approx(frame.kl[b], abs=1e-9)
+    assert abs(frame.kl[a] - frame.kl[2]) > 1e-7
+    assert frame.chosen.sum() == 2
+    assert frame.plain_token[0] == made.trace(prompt, capture="logits")["logits"][-1].argmax()
+    with made.edits(gs.route.force(experts=[2], layers=0, positions=[11])):
+        forced = made.trace(prompt, capture="logits")["logits"][-1].astype(np.float64)
+    forced = np.exp(forced - forced.max())
+    assert frame.prob[2] == pytest.approx((forced / forced.sum()).max(), rel=1e-5)
+
+
+def test_patching_names_the_place(made, pair):
+    clean, corrupted, answer, other = pair
+    frame = analysis.patching(made, clean, corrupted, answer, other)
+    restored = frame[frame.recovered > 0.5]
+    assert list(zip(restored.layer, restored.position)) == [(0, 12), (1, 23), (2, 23)], "its first place, then the last"
+    heads = analysis.patching(made, clean, corrupted, answer, other, over="heads")
+    assert heads.loc[heads.recovered.idxmax(), ["layer", "head"]].tolist() == list(planted.INDUCTION)
+    assert analysis.patching(made, clean, corrupted, answer, other, over="experts").recovered.abs().max() < 0.05
+    with pytest.raises(ValueError, match="24 tokens and the corrupted one 23"):
+        analysis.patching(made, clean, corrupted[:-1], answer, other)
+    with pytest.raises(ValueError, match="nothing to recover"):
+        analysis.patching(made, clean, clean, answer, other)
+
+
+def test_the_path_from_head_to_head(made, pair):
+    """The previous-token head speaks to the induction head, through its keys alone."""
+    clean, _, answer, other = pair
+    corrupted = [*clean]
+    corrupted[clean.index(clean[-1])] = other
+    keys, queries, values = (
+        analysis.path_patching(made, clean, corrupted, planted.PREVIOUS, answer, other, through=t) for t in "kqv"
+    )
+    best = keys.loc[keys.recovered.idxmax()]
+    assert (best.layer, best["head"]) == planted.INDUCTION
+    assert best.recovered > 0.95
+    assert keys.recovered.drop(best.name).abs().max() < 0.01
+    assert max(queries.recovered.abs().max(), values.recovered.abs().max()) < 0.01
+
+
+def test_a_sweep_goes_on(made, tmp_path, monkeypatch):
+    """Stopped between two of its dumps, and called again: the same table, and nothing is run twice."""
+    monkeypatch.setattr("grokscope.analysis.causal.VARIANTS", 5)
+    prompts = [planted.prompt(12, seed) for seed in range(2)]
+    whole = analysis.ablations(made, prompts, "heads")
+
+    def stop(done, total):
+        if done >= 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        analysis.ablations(made, prompts, "heads", directory=tmp_path, progress=stop)
+    assert [p.name for p in tmp_path.iterdir()] == ["000000"]
+    seen = []
+    again = analysis.ablations(made, prompts, "heads", directory=tmp_path, progress=lambda *p: seen.append(p))
+    pd.testing.assert_frame_equal(whole, again)
+    assert seen == [(5, 13), (10, 13), (13, 13)]
+
+
+# To the vocabulary
+
+
+def test_attribution_adds_up(made, grok):
+    """To the logit, and to nothing unexplained; what it says of a head is what a linear read-out says."""
+    for model, prompt in ((made, planted.repeated(20, 0)[:30]), (grok, "The old keeper of the lighthouse went down")):
+        trace = model.trace(prompt, capture=analysis.ATTRIBUTION)
+        target = int(trace["logits"][-1].argmax())
+        frame = analysis.attribution(model, trace, position=-1, target=target, against=7)
+        actual = trace["logits"][-1, target] - trace["logits"][-1, 7]
+        assert frame.logit.sum() == pytest.approx(actual, abs=1e-3)
+        assert abs(frame[frame.part == "error"].logit.iloc[0]) < 1e-3
+        assert (frame.part == "expert").sum() == 2 * model.config.num_layers
+    frame = analysis.attribution(made, made.trace(planted.repeated(20, 0), capture=analysis.ATTRIBUTION), position=29)
+    best = frame.loc[frame.logit.idxmax()]
+    assert (best.part, best.layer, best["head"]) == ("head", *planted.INDUCTION)
+    with pytest.raises(KeyError, match="attention_z|attn_z"):
+        analysis.attribution(made, made.trace([1, 2]))
+
+
+def test_the_lens_as_a_table(made):
+    prompt = planted.repeated(20, 0)
+    trace = made.trace(prompt, capture=[gs.capture("resid_post", reduce="lens", k=3), "resid_post", "logits"])
+    frame = analysis.lens(trace)
+    last = frame[(frame.layer == 2) & (frame.best == 0)]
+    assert (last.token.to_numpy() == trace["logits"].argmax(-1)).all()
+    e, scale = made.weight("embedding/w"), made.weight("embedding/final_norm/scale")
+    x = trace["resid_post", 1]
+    logits = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale @ e.T
+    middle = frame[(frame.layer == 1) & (frame.best == 0)]
+    assert (middle.token.to_numpy() == logits.argmax(-1)).mean() > 0.95
+    assert (frame[(frame.layer == 1) & (frame.position > 20) & (frame.position < 40)]["rank"] == 0).all()
+    assert (frame[(frame.layer == 0) & (frame.position > 20) & (frame.position < 40)]["rank"] > 0).any()
+    with pytest.raises(KeyError, match="lens at 'resid_mid' was not captured"):
+        analysis.lens(trace, "resid_mid")
+
+
+def test_a_weight_by_name(made):
+    assert made.weight("attention/key", 1).shape == (planted.D, planted.H * planted.C)
+    assert made.weight("experts/down", 0)[planted.TWINS[0]] == pytest.approx(
+        made.weight("experts/down", 0)[planted.TWINS[1]]
+    )
+    with pytest.raises(KeyError, match=r"no weight 'attention/q' of layer 0; there are .*attention/query"):
+        made.weight("attention/q", 0)

@@ -10,8 +10,12 @@ decode apart), "all" (joined), "prefill" or "decode"; it is a column of every ta
 draws follow from a seed.
 """
 
-from grokscope.analysis.attention import by_class, heads, shown
+import importlib
+from typing import TYPE_CHECKING
+
+from grokscope.analysis.attention import by_class, heads, read_at_swaps, shown
 from grokscope.analysis.compare import Comparison, compare
+from grokscope.analysis.lens import ATTRIBUTION, attribution, lens
 from grokscope.analysis.routing import (
     coactivation,
     entropy,
@@ -24,7 +28,19 @@ from grokscope.analysis.routing import (
     vocabulary,
 )
 
+if TYPE_CHECKING:
+    from grokscope.analysis.causal import ablations, counterfactuals, patching, path_patching, sweep
+
+_CAUSAL = ("ablations", "counterfactuals", "patching", "path_patching", "sweep")  # they run the model: with jax
+
 __all__ = [
-    "Comparison", "by_class", "coactivation", "compare", "entropy", "heads", "kept_mass", "lift", "load", "margin",
-    "shown", "specialisation", "transitions", "vocabulary",
+    "ATTRIBUTION", "Comparison", "ablations", "attribution", "by_class", "coactivation", "compare", "counterfactuals",
+    "entropy", "heads", "kept_mass", "lens", "lift", "load", "margin", "patching", "path_patching", "read_at_swaps",
+    "shown", "specialisation", "sweep", "transitions", "vocabulary",
 ]  # fmt: skip
+
+
+def __getattr__(name: str):
+    if name in _CAUSAL:
+        return getattr(importlib.import_module("grokscope.analysis.causal"), name)
+    raise AttributeError(f"module 'grokscope.analysis' has no attribute {name!r}")

@@ -4,13 +4,14 @@ Traces need "attn_pattern", or "q" and "k" (`capture("attn_pattern", later=True)
 by layer. Every score stands beside what uniform attention over the same keys would have.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from grokscope.analysis import resampling
+from grokscope.analysis.compare import Comparison
 from grokscope.analysis.resampling import ratio
 from grokscope.analysis.sequences import Labels, Source, phases, sequences
 from grokscope.run.trace import Trace
@@ -124,6 +125,51 @@ def by_class(source: Source, by: Any = "class", *, phase: str = "all", seed: int
         frames.append(pd.DataFrame(columns))
     frame = pd.concat(frames, ignore_index=True)
     return frame[frame["rows"] > 0].reset_index(drop=True)
+
+
+def read_at_swaps(comparison: Comparison, *, layers: Sequence[int] | None = None) -> pd.DataFrame:
+    """What the heads of a layer read, in both runs, at the tokens whose experts differ there.
+
+    Columns: layer, position (in a), piece, routing (distance), head, key_position, key_piece (what the head reads most
+    in a), weight_a, weight_b (its weight in b, NaN where b lacks that token), moved (half the sum of the absolute
+    differences of the two rows). Needs routing and attention of both runs; strongest moves first.
+    """
+    a, b = comparison.a, comparison.b
+    there = dict(comparison.pairs.tolist())
+    rows = []
+    for number in comparison.layers if layers is None else layers:
+        swapped = comparison.pairs[comparison.swapped[comparison.layers.index(number)]]
+        if not len(swapped):
+            continue
+        ((_, heads_of, at_a, pattern_a),) = _patterns(a, number)
+        ((_, _, at_b, pattern_b),) = _patterns(b, number)
+        distance = dict(zip(comparison.pairs[:, 0], comparison.routing[comparison.layers.index(number)], strict=True))
+        keys_a = np.array(sorted(there))
+        keys_b = np.array([there[key] for key in keys_a])
+        for i, j in swapped:
+            if i not in at_a or j not in at_b:
+                continue
+            own, other = pattern_a[:, np.searchsorted(at_a, i)], pattern_b[:, np.searchsorted(at_b, j)]
+            moved = np.abs(own[:, keys_a] - other[:, keys_b]).sum(-1) / 2
+            for h, head in enumerate(heads_of):
+                key = int(own[h].argmax())
+                weight_b = other[h, there[key]] if key in there else np.nan
+                rows.append(
+                    (number, i, a.pieces[i], distance[i], head, key, a.pieces[key], own[h, key], weight_b, moved[h])
+                )
+    names = [
+        "layer",
+        "position",
+        "piece",
+        "routing",
+        "head",
+        "key_position",
+        "key_piece",
+        "weight_a",
+        "weight_b",
+        "moved",
+    ]
+    return pd.DataFrame(rows, columns=names).sort_values("moved", ascending=False, ignore_index=True)
 
 
 def _patterns(trace: Trace, layer: int | None = None) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:

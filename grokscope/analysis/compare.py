@@ -131,7 +131,7 @@ def compare(a: Trace, b: Trace) -> Comparison:
     kl = None
     if all(_whole(t, "logits") for t in (a, b)):
         log_a, log_b = (
-            _log_softmax(t["logits"][at].astype(np.float64)) for t, at in ((a, pairs[:, 0]), (b, pairs[:, 1]))
+            log_softmax(t["logits"][at].astype(np.float64)) for t, at in ((a, pairs[:, 0]), (b, pairs[:, 1]))
         )
         kl = (np.exp(log_a) * (log_a - log_b)).sum(-1)
     return Comparison(a, b, pairs, divergence, layers, routing, swapped, kl)
@@ -145,10 +145,11 @@ def _piece(trace: Trace, position: int) -> str:
     return trace.pieces[position] if position < len(trace) else "(end)"
 
 
-def _log_softmax(x: np.ndarray) -> np.ndarray:
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    """Nats, along the last axis."""
     x = x - x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:
-    return np.exp(_log_softmax(x))
+    return np.exp(log_softmax(x))

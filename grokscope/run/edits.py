@@ -401,11 +401,12 @@ def _source(trace: Trace, tap: str, layers, axis, mask, positions, config: GrokC
 
 def _refuse_impossible_routes(made: list[Change], config: GrokConfig) -> None:
     """Bans that leave fewer experts than a token takes, and experts both forced and banned, at the same positions."""
-    bans = [
-        c
-        for c in made
-        if c.kind.tap == "router_logits" and c.kind.op == "set" and np.ndim(c.value) == 0 and np.isneginf(c.value)
-    ]
+
+    def is_ban(c: Change) -> bool:
+        number = not isinstance(c.value, Source) and np.ndim(c.value) == 0
+        return c.kind.tap == "router_logits" and c.kind.op == "set" and number and bool(np.isneginf(c.value))
+
+    bans = [change for change in made if is_ban(change)]
     forces = [c for c in made if c.kind.op == "force"]
     for change in bans:
         together = [b for b in bans if _meet(b, change)]

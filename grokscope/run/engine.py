@@ -17,8 +17,9 @@ import numpy as np
 
 from grokscope import look
 from grokscope.checkpoint import weights as weights_module
-from grokscope.checkpoint.ckpt0 import Checkpoint, Progress, open_checkpoint
+from grokscope.checkpoint.ckpt0 import Checkpoint, Progress, open_checkpoint, slots
 from grokscope.config import GrokConfig
+from grokscope.model.quant import QuantizedWeight, dequantize
 from grokscope.run import captures, edits
 from grokscope.run.captures import Wish
 from grokscope.run.decode import BATCH_SIZE, Job, Run
@@ -334,6 +335,24 @@ class Grok:
         return Loss(
             nats / len(logprobs), nats / math.log(2) / num_bytes if num_bytes else math.nan, len(logprobs), num_bytes
         )
+
+    def weight(self, name: str, layer: int | None = None) -> np.ndarray:
+        """A weight as the checkpoint has it, float32, read from disk.
+
+        name: "embedding/w" or "embedding/final_norm/scale"; with `layer`, "attention/query" (key, value, out),
+        "router/w", "experts/gate" (up, down), "pre_attention_norm/scale" (and so on). Raises KeyError naming all.
+        """
+        found = {}
+        for slot in slots(self.config):
+            if slot.layer == layer:
+                found[f"{slot.param.module.removeprefix('layer/')}/{slot.param.name}"] = slot
+        if name not in found:
+            where = f"of layer {layer}" if layer is not None else "outside the layers"
+            raise KeyError(f"no weight {name!r} {where}; there are {', '.join(found) or 'none'}")
+        tensor = self._checkpoint.read(found[name])
+        if tensor.scales is None:
+            return np.array(tensor.weight, np.float32)
+        return dequantize(QuantizedWeight(tensor.weight, tensor.scales))
 
     def close(self) -> None:
         """Frees the memory of the weights; the object cannot run afterwards."""

@@ -1,0 +1,286 @@
+"""Many edits in one batch: what depends on which part of the model.
+
+A variant is a list of edits. Variants x prompts run as the prompts of one call, each with its own edits, so that
+nothing is compiled after the first. Effects are in nats. All take `directory=`: a folder of dumps in which a sweep that
+was interrupted or killed goes on when it is called again.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from grokscope.analysis import resampling
+from grokscope.analysis.compare import log_softmax
+from grokscope.analysis.sequences import Labels
+from grokscope.run import edits
+from grokscope.run.captures import capture
+from grokscope.run.edits import Edit
+from grokscope.run.engine import Grok, Prompt
+from grokscope.run.trace import Trace
+
+VARIANTS = 64  # in one call: staging looks at every edit for every prompt
+PARTS = ("layers", "heads", "experts")
+
+Progress = Callable[[int, int], object]
+
+
+def sweep(
+    grok: Grok, prompts: Sequence[Prompt], variants: Sequence[Sequence[Edit]], *, keep: Any = (),
+    directory: Path | str | None = None, progress: Progress = lambda done, total: None,
+) -> list[list[Trace]]:  # fmt: skip
+    """Forward passes of every prompt under every variant: a list of Traces for each variant, in order.
+
+    `keep`: captures. `progress(done, total)` counts variants. On Ctrl-C those that are finished come back, unless there
+    is a `directory`: then KeyboardInterrupt is raised, and the same call goes on.
+    """
+    if isinstance(prompts, str) or not len(prompts):
+        raise TypeError("a sweep takes a list of prompts")
+    done: list[list[Trace]] = []
+    for first in range(0, len(variants), VARIANTS):
+        chunk = variants[first : first + VARIANTS]
+        size = len(prompts)
+        changes = [_only(e, range(i * size, (i + 1) * size)) for i, variant in enumerate(chunk) for e in variant]
+        with grok.edits(*changes):
+            if directory is None:
+                traces = grok.trace([*prompts] * len(chunk), capture=keep)
+            else:
+                traces = [
+                    *grok.dump([*prompts] * len(chunk), Path(directory) / f"{first:06}", capture=keep, resume=True)
+                ]
+        whole = len(traces) // size
+        done += [traces[i * size : (i + 1) * size] for i in range(whole)]
+        progress(len(done), len(variants))
+        if whole < len(chunk):
+            break
+    return done
+
+
+def _only(change: Edit, prompts: range) -> Edit:
+    """The edit for these prompts of a call alone."""
+    if change.where.prompts is not None:
+        raise ValueError("edits of a sweep are for all its prompts; leave prompts= away")
+    where = dataclasses.replace(change.where, prompts=tuple(prompts))
+    return dataclasses.replace(change, where=where, args=change.args | {"prompts": where.prompts})
+
+
+def ablations(
+    grok: Grok, prompts: Sequence[Prompt], over: str, *, method: str = "zero", by: Any = None,
+    directory: Path | str | None = None, progress: Progress = lambda done, total: None, seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
+    """What the loss gains when each layer, head or expert is taken out.
+
+    `over`: "layers", "heads" or "experts". `method`: "zero", or "mean": what it gives on average over the prompts (an
+    expert: over the tokens that chose it). `by`: labels of the predicted tokens, as in `analysis.specialisation`.
+
+    Columns: layer, head or expert, label (with `by`), effect (nats a token; above 0, it was of use), low, high (95 %,
+    prompts resampled), loss, baseline, tokens, prompts.
+    """
+    if over not in PARTS:
+        raise ValueError(f'over={over!r}: expected "layers", "heads" or "experts"')
+    if method not in ("zero", "mean"):
+        raise ValueError(f'method={method!r}: expected "zero" or "mean"')
+    count = {"layers": 1, "heads": grok.config.num_q_heads, "experts": grok.config.num_experts}[over]
+    parts = [(layer, number) for layer in range(grok.config.num_layers) for number in range(count)]
+    means = _means(grok, prompts, over) if method == "mean" else None
+    variants = [[], *(_without(over, layer, number, means) for layer, number in parts)]
+    runs = sweep(grok, prompts, variants, directory=directory, progress=progress)
+    if not runs:
+        raise KeyboardInterrupt
+    plain, *others = runs
+    labels = Labels(by, len(plain)) if by is not None else None
+    of = [
+        np.full(len(t), "all", object) if labels is None else labels.of(i, t).astype(str) for i, t in enumerate(plain)
+    ]
+    names = sorted({name for own in of for name in own[1:]})
+    index = [[own[1:] == name for name in names] for own in of]
+
+    def sums(traces: list[Trace]) -> np.ndarray:
+        """[P, Y]: nats of each prompt and label."""
+        return np.array([[-t.logprobs[1:][rows].sum() for rows in own] for t, own in zip(traces, index, strict=True)])
+
+    number, base, frames = np.array([[rows.sum() for rows in own] for own in index]), sums(plain), []
+    for (layer, part), traces in zip(parts, others, strict=False):  # fewer, after an interrupt
+        changed = sums(traces)
+        low, high = resampling.interval(lambda d, n: resampling.ratio(d, n), changed - base, number, seed=seed)
+        columns = {"layer": layer} | ({} if over == "layers" else {over[:-1]: part})
+        columns |= {} if by is None else {"label": names}
+        columns |= {
+            "effect": resampling.ratio((changed - base).sum(0), number.sum(0)), "low": low, "high": high,
+            "loss": resampling.ratio(changed.sum(0), number.sum(0)),
+            "baseline": resampling.ratio(base.sum(0), number.sum(0)), "tokens": number.sum(0), "prompts": np.count_nonzero(number, axis=0),
+        }  # fmt: skip
+        frames.append(pd.DataFrame(columns))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def _without(over: str, layer: int, number: int, means: dict[str, np.ndarray] | None) -> list[Edit]:
+    if over == "layers":
+        if means is None:
+            return [edits.ablate(layers=layer)]
+        return [edits.set(tap, means[tap][layer], layers=layer) for tap in ("attn_delta", "moe_delta")]
+    if means is None:
+        return [edits.ablate(layers=layer, **{over: number})]
+    tap = {"heads": "attn_z", "experts": "expert_out"}[over]
+    return [edits.set(tap, means[tap][layer, number], layers=layer, **{over: number})]
+
+
+def _means(grok: Grok, prompts: Sequence[Prompt], over: str) -> dict[str, np.ndarray]:
+    """The mean over the tokens of all prompts of what is set: [L, ...] by tap."""
+    taps = {"layers": ("attn_delta", "moe_delta"), "heads": ("attn_z",), "experts": ("expert_out", "expert_index")}[
+        over
+    ]
+    traces = grok.trace([*prompts], capture=taps)
+    if over != "experts":
+        return {tap: np.concatenate([t[tap] for t in traces], axis=1).mean(1) for tap in taps}
+    out = np.concatenate([t["expert_out"] for t in traces], axis=1)  # [L, T, K, D]
+    index = np.concatenate([t["expert_index"] for t in traces], axis=1)
+    chose = (index[..., None] == np.arange(grok.config.num_experts)).astype(np.float32)  # [L, T, K, E]
+    total = np.einsum("ltke,ltkd->led", chose, out)
+    return {"expert_out": total / np.maximum(chose.sum((1, 2)), 1)[..., None]}
+
+
+def patching(
+    grok: Grok, clean: Prompt, corrupted: Prompt, answer: int | str, against: int | str, *, over: str = "layers",
+    tap: str | None = None, directory: Path | str | None = None, progress: Progress = lambda done, total: None,
+) -> pd.DataFrame:  # fmt: skip
+    """Activation patching: the corrupted prompt with one part of the clean run put in, for every part.
+
+    The measure is logit(answer) - logit(against) after the last token; `recovered` is 0 where it is the corrupted run's
+    and 1 where it is the clean run's. `over`: "layers" (the stream, or another `tap`, by layer and position; prompts of
+    the same length), "heads" (attn_z at all positions), "experts" (which experts run, by layer and position: the
+    router's logits are those of the clean run).
+
+    Columns: layer, and position with piece (of the corrupted prompt), or head; difference, recovered, clean, corrupted.
+    """
+    pair = grok.trace([clean, corrupted], capture=["logits", "router_logits", _tap(over, tap)])
+    good, bad = pair
+    if len(good) != len(bad):
+        raise ValueError(
+            f"the clean prompt has {len(good)} tokens and the corrupted one {len(bad)}; patching by position needs the "
+            "same number"
+        )
+    wanted, other = _token(grok, answer), _token(grok, against)
+    layers = range(grok.config.num_layers)
+    if over == "heads":
+        columns = ("layer", "head")
+        places = [(layer, head) for layer in layers for head in range(grok.config.num_q_heads)]
+        variants = [[edits.patch(good, "attn_z", layers=layer, heads=head)] for layer, head in places]
+    else:
+        columns = ("layer", "position")
+        places = [(layer, position) for layer in layers for position in range(len(bad))]
+        variants = [[edits.patch(good, _tap(over, tap), layers=layer, positions=[p])] for layer, p in places]
+    runs = sweep(
+        grok, [bad.tokens], variants, keep=capture("logits", positions="last"), directory=directory, progress=progress
+    )
+
+    def difference(trace: Trace) -> float:
+        return float(trace["logits"][-1, wanted] - trace["logits"][-1, other])
+
+    start, end = difference(bad), difference(good)
+    if abs(end - start) < 1e-6:
+        raise ValueError(f"clean and corrupted prompts give the same logit difference, {start:.4g}: nothing to recover")
+    frame = pd.DataFrame(places[: len(runs)], columns=list(columns))
+    if "position" in frame:
+        frame["piece"] = [bad.pieces[p] for p in frame.position]
+    frame["difference"] = [difference(trace) for (trace,) in runs]
+    frame["recovered"] = (frame.difference - start) / (end - start)
+    return frame.assign(clean=end, corrupted=start)
+
+
+def path_patching(
+    grok: Grok, clean: Prompt, corrupted: Prompt, sender: tuple[int, int], answer: int | str, against: int | str, *,
+    through: str = "q", progress: Progress = lambda done, total: None,
+) -> pd.DataFrame:  # fmt: skip
+    """Which later heads a head (layer, head) speaks to: its clean output reaches only the `through` ("q", "k" or "v")
+    of one head; all else is the corrupted run (Wang et al. 2022, arXiv 2211.00593).
+
+    Between sender and receivers attention and experts give what they gave in the corrupted run, so that only the
+    direct path is open. The last row, layer = number of layers and head = -1, is the direct path to the
+    logits. Columns: layer, head (of "k" and "v": the first of those that share it), difference, recovered, clean,
+    corrupted, as in `patching`.
+    """
+    if through not in ("q", "k", "v"):
+        raise ValueError(f'through={through!r}: expected "q", "k" or "v"')
+    layer, head = sender
+    deltas = ["attn_delta", "moe_delta"]
+    good, bad = grok.trace([clean, corrupted], capture=["logits", "attn_z", *deltas])
+    if len(good) != len(bad):
+        raise ValueError(f"prompts of {len(good)} and {len(bad)} tokens; path patching needs the same number")
+    later = list(range(layer + 1, grok.config.num_layers))
+    frozen = [edits.patch(bad, "attn_delta", layers=later)] if later else []
+    frozen.append(edits.patch(bad, "moe_delta", layers=[layer, *later]))
+    sent = edits.patch(good, "attn_z", layers=layer, heads=head)
+    keep = ["logits", *([capture(through, layers=later)] if later else [])]
+    ((direct,),) = sweep(grok, [bad.tokens], [[sent, *frozen]], keep=keep)
+    share = 1 if through == "q" else grok.config.num_q_heads // grok.config.num_kv_heads
+    places = [(number, h) for number in later for h in range(0, grok.config.num_q_heads, share)]
+    variants = [[edits.patch(direct, through, layers=n, heads=h // share)] for n, h in places]
+    runs = sweep(grok, [bad.tokens], variants, keep=capture("logits", positions="last"), progress=progress)
+    wanted, other = _token(grok, answer), _token(grok, against)
+    end, start, *values = (
+        float(t["logits"][-1, wanted] - t["logits"][-1, other]) for t in (good, bad, *(run[0] for run in runs), direct)
+    )
+    frame = pd.DataFrame([*places[: len(runs)], (grok.config.num_layers, -1)], columns=["layer", "head"])
+    frame["difference"] = values
+    return frame.assign(recovered=(frame.difference - start) / (end - start), clean=end, corrupted=start)
+
+
+def counterfactuals(
+    grok: Grok, prompt: Prompt, *, position: int = -1, layers: Sequence[int] | None = None,
+    directory: Path | str | None = None, progress: Progress = lambda done, total: None,
+) -> pd.DataFrame:  # fmt: skip
+    """What the model would have said had the router sent one token to one expert alone, for each layer and expert.
+
+    `position`: the token, from the end if negative; the next-token distribution after it is looked at. Columns: layer,
+    expert, chosen (whether the router takes it by itself), kl (nats, from the plain distribution), token, piece, prob
+    (the likeliest token then), plain_token, plain_piece, plain_prob (of the plain run's likeliest token: in the plain
+    run, and `still`: under the edit).
+    """
+    plain = grok.trace(prompt, capture=["logits", "router_logits"])
+    at = range(len(plain))[position]
+    layers = range(grok.config.num_layers) if layers is None else layers
+    places = [(layer, expert) for layer in layers for expert in range(grok.config.num_experts)]
+    variants = [[edits.route.force(experts=[e], layers=n, positions=[at])] for n, e in places]
+    runs = sweep(
+        grok, [plain.tokens], variants, keep=capture("logits", positions=[at]), directory=directory, progress=progress
+    )
+    before = log_softmax(plain["logits"][at].astype(np.float64))
+    usual = int(before.argmax())
+    piece = (lambda i: f"<{i}>") if grok.tokenizer is None else (lambda i: grok.tokenizer.pieces[i])
+    rows = []
+    for (layer, expert), (trace,) in zip(places, runs, strict=False):
+        after = log_softmax(trace["logits"][-1].astype(np.float64))
+        best = int(after.argmax())
+        rows.append(
+            {"layer": layer, "expert": expert, "chosen": expert in plain["expert_index", layer][at]}
+            | {"kl": (np.exp(before) * (before - after)).sum(), "token": best, "piece": piece(best)}
+            | {"prob": np.exp(after[best]), "plain_token": usual, "plain_piece": piece(usual)}
+            | {"plain_prob": np.exp(before[usual]), "still": np.exp(after[usual])}
+        )
+    return pd.DataFrame(rows)
+
+
+def _tap(over: str, tap: str | None) -> str:
+    taps = {"layers": "resid_post", "heads": "attn_z", "experts": "router_logits"}
+    if over not in taps:
+        raise ValueError(f'over={over!r}: expected "layers", "heads" or "experts"')
+    if tap is not None and over != "layers":
+        raise ValueError(f'tap={tap!r} is for over="layers"')
+    return tap or taps[over]
+
+
+def _token(grok: Grok, token: int | str) -> int:
+    """The id of a token given as such, or as a text of exactly one token."""
+    if not isinstance(token, str):
+        return int(token)
+    if grok.tokenizer is None:
+        raise ValueError(f"{token!r} is a text, and this checkpoint has no tokenizer; give a token id")
+    ids = grok.tokenizer.encode(token)
+    if len(ids) != 1:
+        pieces = [grok.tokenizer.pieces[i] for i in ids]
+        raise ValueError(f"{token!r} is {len(ids)} tokens, {pieces}; give a text of one token, or its id")
+    return ids[0]
