@@ -46,7 +46,8 @@ def sweep(
         changes = [_only(e, range(i * size, (i + 1) * size)) for i, variant in enumerate(chunk) for e in variant]
         with grok.edits(*changes):
             if directory is None:
-                traces = grok.trace([*prompts] * len(chunk), capture=keep)
+                found = grok.trace([*prompts] * len(chunk), capture=keep)
+                traces = found if isinstance(found, list) else [found]
             else:
                 traces = [
                     *grok.dump([*prompts] * len(chunk), Path(directory) / f"{first:06}", capture=keep, resume=True)
@@ -111,7 +112,8 @@ def ablations(
         columns |= {
             "effect": resampling.ratio((changed - base).sum(0), number.sum(0)), "low": low, "high": high,
             "loss": resampling.ratio(changed.sum(0), number.sum(0)),
-            "baseline": resampling.ratio(base.sum(0), number.sum(0)), "tokens": number.sum(0), "prompts": np.count_nonzero(number, axis=0),
+            "baseline": resampling.ratio(base.sum(0), number.sum(0)),
+            "tokens": number.sum(0), "prompts": np.count_nonzero(number, axis=0),
         }  # fmt: skip
         frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
@@ -133,7 +135,7 @@ def _means(grok: Grok, prompts: Sequence[Prompt], over: str) -> dict[str, np.nda
     taps = {"layers": ("attn_delta", "moe_delta"), "heads": ("attn_z",), "experts": ("expert_out", "expert_index")}[
         over
     ]
-    traces = grok.trace([*prompts], capture=taps)
+    (traces,) = sweep(grok, prompts, [[]], keep=taps)
     if over != "experts":
         return {tap: np.concatenate([t[tap] for t in traces], axis=1).mean(1) for tap in taps}
     out = np.concatenate([t["expert_out"] for t in traces], axis=1)  # [L, T, K, D]
@@ -156,8 +158,7 @@ def patching(
 
     Columns: layer, and position with piece (of the corrupted prompt), or head; difference, recovered, clean, corrupted.
     """
-    pair = grok.trace([clean, corrupted], capture=["logits", "router_logits", _tap(over, tap)])
-    good, bad = pair
+    ((good, bad),) = sweep(grok, [clean, corrupted], [[]], keep=["logits", "router_logits", _tap(over, tap)])
     if len(good) != len(bad):
         raise ValueError(
             f"the clean prompt has {len(good)} tokens and the corrupted one {len(bad)}; patching by position needs the "
@@ -207,7 +208,7 @@ def path_patching(
         raise ValueError(f'through={through!r}: expected "q", "k" or "v"')
     layer, head = sender
     deltas = ["attn_delta", "moe_delta"]
-    good, bad = grok.trace([clean, corrupted], capture=["logits", "attn_z", *deltas])
+    ((good, bad),) = sweep(grok, [clean, corrupted], [[]], keep=["logits", "attn_z", *deltas])
     if len(good) != len(bad):
         raise ValueError(f"prompts of {len(good)} and {len(bad)} tokens; path patching needs the same number")
     later = list(range(layer + 1, grok.config.num_layers))
@@ -240,7 +241,7 @@ def counterfactuals(
     (the likeliest token then), plain_token, plain_piece, plain_prob (of the plain run's likeliest token: in the plain
     run, and `still`: under the edit).
     """
-    plain = grok.trace(prompt, capture=["logits", "router_logits"])
+    ((plain,),) = sweep(grok, [prompt], [[]], keep=["logits", "router_logits"])
     at = range(len(plain))[position]
     layers = range(grok.config.num_layers) if layers is None else layers
     places = [(layer, expert) for layer in layers for expert in range(grok.config.num_experts)]
@@ -250,7 +251,11 @@ def counterfactuals(
     )
     before = log_softmax(plain["logits"][at].astype(np.float64))
     usual = int(before.argmax())
-    piece = (lambda i: f"<{i}>") if grok.tokenizer is None else (lambda i: grok.tokenizer.pieces[i])
+    pieces = None if grok.tokenizer is None else grok.tokenizer.pieces
+
+    def piece(token: int) -> str:
+        return f"<{token}>" if pieces is None else pieces[token]
+
     rows = []
     for (layer, expert), (trace,) in zip(places, runs, strict=False):
         after = log_softmax(trace["logits"][-1].astype(np.float64))

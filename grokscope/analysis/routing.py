@@ -180,7 +180,7 @@ def specialisation(
     labels = Labels(by, 1 if isinstance(source, Trace) else len(source))
     chosen = _Chosen(source, labels, min_count)
     member, rng, frames = chosen.member, np.random.default_rng(seed), []
-    for name, tokens, tables, of_prompt, counts in chosen.by_label(phase):
+    for name, tokens, tables, of_prompt, counts in chosen.by_label(labels, phase):
         found = _information(tables @ member)
         null = np.empty((draws, len(chosen.layers)))
         if labels.by_prompt:
@@ -226,7 +226,7 @@ def lift(
     labels = Labels(by, 1 if isinstance(source, Trace) else len(source))
     chosen = _Chosen(source, labels, min_count)
     rng, frames = np.random.default_rng(seed), []
-    for name, tokens, tables, of_prompt, counts in chosen.by_label(phase):
+    for name, tokens, tables, of_prompt, counts in chosen.by_label(labels, phase):
         found, n = tables @ chosen.member, tables.sum((1, 2))[0]  # [L, R, E]
         of_label = tables[0].sum(-1)
         if labels.by_prompt:
@@ -273,11 +273,12 @@ class _Chosen:
 
     def __init__(self, source: Source, labels: Labels | None = None, min_count: int | None = None):
         self._source, self._labels = source, labels
-        masks, seen, self.layers = np.empty(0, np.int64), {}, None
+        masks, seen = np.empty(0, np.int64), {}
+        self.layers: list[int] = []
         for index, trace in enumerate(sequences(source)):
-            layers = trace.layers.get("expert_index")
             experts, self.num_experts = trace["expert_index"], trace.meta["config"]["num_experts"]
-            if self.layers not in (None, layers):
+            layers = trace.layers["expert_index"]
+            if index and self.layers != layers:
                 raise ValueError(f"Trace {index} has routing of layers {layers}, those before of {self.layers}")
             self.layers = layers
             masks = np.union1d(masks, np.unique(_masks(experts)))
@@ -299,7 +300,7 @@ class _Chosen:
         for index, trace in enumerate(sequences(self._source)):
             at = trace.coords("expert_index")["position"]
             codes = np.searchsorted(self._codes, _masks(trace["expert_index"]))
-            labels = None
+            labels = np.zeros(len(at), int)
             if self._labels is not None:
                 rare = len(self._label_code)
                 values = self._labels.of(index, trace)[at].astype(str)
@@ -308,7 +309,7 @@ class _Chosen:
             for name, of in groups:
                 rows = of(trace.phase)[at]
                 if rows.any():
-                    yield name, codes[:, rows], None if labels is None else labels[rows]
+                    yield name, codes[:, rows], labels[rows]
 
     def by_prompt(self, phase: str, *also: Callable):
         """(name, tokens [P], counts [P, L, S] of sets, and of each `also` its values of the sets [L, T], stacked)."""
@@ -326,12 +327,12 @@ class _Chosen:
         flat = codes + np.arange(layers)[:, None] * sets
         return np.bincount(flat.ravel(), minlength=layers * sets).reshape(layers, sets)
 
-    def by_label(self, phase: str):
+    def by_label(self, labels: Labels, phase: str):
         """(name, tokens [P], tables [L, R, S]; and, where labels are of prompts, the label [P], counts [P, L, S])."""
         shape = (len(self.layers), len(self.labels), len(self.member))
         groups: dict[str, tuple] = {}
-        for name, codes, labels in self._read(phase):
-            flat = (np.arange(shape[0])[:, None] * shape[1] + labels) * shape[2] + codes
+        for name, codes, of_tokens in self._read(phase):
+            flat = (np.arange(shape[0])[:, None] * shape[1] + of_tokens) * shape[2] + codes
             tokens, waiting, tables, of_prompt, counts = groups.setdefault(
                 name, ([], [], np.zeros(np.prod(shape)), [], [])
             )
@@ -339,8 +340,8 @@ class _Chosen:
             waiting.append(flat.ravel())
             if sum(map(len, waiting)) > BUFFER:
                 _drain(waiting, tables)
-            if self._labels.by_prompt:
-                of_prompt.append(labels[0])
+            if labels.by_prompt:
+                of_prompt.append(of_tokens[0])
                 counts.append(self._count(codes))
         if not groups:
             raise ValueError(f"no token with routing belongs to phase {phase!r}")
