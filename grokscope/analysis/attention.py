@@ -85,7 +85,8 @@ def shown(source: Source, layer: int, head: int, measure: str, *, top: int = 10)
                 at, key = positions[row], masked[row].argmax()
                 rows.append((trace.meta["prompt"], at, trace.pieces[at], key, trace.pieces[key], score[row]))
     columns = ["prompt", "position", "piece", "key_position", "key_piece", "score"]
-    return pd.DataFrame(rows, columns=columns).sort_values("score", ascending=False, ignore_index=True).head(top)
+    frame = pd.DataFrame(rows, columns=columns).sort_values("score", ascending=False, ignore_index=True)
+    return frame[:top]
 
 
 def by_class(source: Source, by: Any = "class", *, phase: str = "all", seed: int = 0) -> pd.DataFrame:
