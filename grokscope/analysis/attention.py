@@ -35,9 +35,9 @@ def heads(source: Source, *, phase: str = "all", seed: int = 0) -> pd.DataFrame:
     """
     sums: dict[tuple, list] = {}
     for trace in sequences(source):
-        targets = _targets(trace.tokens)
+        wanted = targets(trace.tokens)
         for layer, numbers, positions, pattern in _patterns(trace):
-            found = _scores(pattern, positions, targets)
+            found = _scores(pattern, positions, wanted)
             for name, of in phases(phase):
                 rows = of(trace.phase)[positions]
                 if rows.any():
@@ -73,7 +73,7 @@ def shown(source: Source, layer: int, head: int, measure: str, *, top: int = 10)
         raise ValueError(f'measure={measure!r}: expected "first", "previous", "duplicate" or "induction"')
     rows = []
     for trace in sequences(source):
-        target = _targets(trace.tokens)[measure]
+        target = targets(trace.tokens)[measure]
         for number, numbers, positions, pattern in _patterns(trace, layer):
             if head not in numbers or number != layer:
                 raise KeyError(f"head {head} of layer {layer} was not kept; kept are {list(numbers)}")
@@ -183,7 +183,7 @@ def _patterns(trace: Trace, layer: int | None = None) -> Iterator[tuple[int, np.
         yield int(number), held["head"], held["position"], pattern
 
 
-def _targets(tokens: np.ndarray) -> dict[str, np.ndarray]:
+def targets(tokens: np.ndarray) -> dict[str, np.ndarray]:
     """bool [T, S] of each mass measure, in the order of MEASURES: the keys that it is about."""
     n = len(tokens)
     earlier = np.tri(n, k=-1, dtype=bool)

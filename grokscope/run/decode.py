@@ -9,6 +9,7 @@ their captures; what remains in memory is that of the jobs in the slots.
 
 import contextlib
 import dataclasses
+import functools
 import signal
 import threading
 from collections import deque
@@ -45,6 +46,7 @@ class Job:
       finish: "length", what `accept` said, or "interrupt"; None while it waits or runs.
       captures: {key: numpy [L,] dims}, when it is done.
       slot, first_step: where and from which decode step on it ran.
+      glimpse: (key, whether of the prompt) -> what is captured so far while it runs, see `Run.glimpse`.
       blocks, chunks: captures of its prompt and of its generated tokens on their way.
       pools: its pools, one dictionary for each stage of a pass.
     """
@@ -59,6 +61,7 @@ class Job:
     captures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     slot: int = 0
     first_step: int = 0
+    glimpse: Callable[[str, bool], np.ndarray] | None = None
     blocks: list[tuple] = dataclasses.field(default_factory=list)
     chunks: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)
     pools: list[dict] = dataclasses.field(default_factory=list)
@@ -192,6 +195,7 @@ class Run:
                 job.finish = "length"
                 continue
             job.slot, job.first_step = self.slots.index(None), self.step
+            job.glimpse = functools.partial(self.glimpse, job)
             self.caches = [steps.seated_cache(c, one, job.slot) for c, one in zip(self.caches, caches, strict=True)]
             self.state = steps.seated(self.state, first, job.slot)
             self._seat_pools(job)
@@ -366,6 +370,21 @@ class Run:
         if job.finish and not job.limit:
             self._done(job)
 
+    def glimpse(self, job: Job, key: str, of_prompt: bool) -> np.ndarray:
+        """A capture of a running job before it is done: of its prompt [L, T, ...], or of its last token [L, ...].
+
+        Waits for the device, and costs a transfer each time. Raises KeyError for what is not captured whole.
+        """
+        if of_prompt:
+            if self.landing is job:
+                self._land()
+            return np.concatenate([captured[key] for _, captured in job.blocks], axis=1)
+        column = (self.step - 1) % COLUMNS
+        held = [own[key] for own in (self.embed_buffers, *self.layer_buffers, self.head_buffers) if key in own]
+        if not held:
+            raise KeyError(f"{key!r} is not captured at generated tokens")
+        return np.stack([np.asarray(buffer[job.slot, column]) for buffer in held])
+
     def _land_chunk(self) -> None:
         """The last chunk is here: each job gets its steps of it, and those that have all are done."""
         if self.pending is None:
@@ -414,7 +433,7 @@ class Run:
             rank = job.captures.get(f"{kept.key}_rank") if kept.reduce == "lens" else None
             if rank is not None and kept.where.mask(n, total)[-1]:
                 rank[..., -1] = -1  # nothing came after the last token
-        job.blocks, job.chunks, job.pools = [], [], []
+        job.blocks, job.chunks, job.pools, job.glimpse = [], [], [], None
         self.ready.append(job)
 
 

@@ -47,6 +47,8 @@ class TokenEvent:
       position: where it stands in its sequence.
       id, logprob: the token and its log-probability in nats, before temperature and filters.
       text: the whole characters it completes; "" inside a UTF-8 sequence.
+      glimpse: for a look at captures with a layer and a position first while it runs: glimpse("router_logits", False) is
+        [L, E] of this token, glimpse("router_logits", True) [L, T, E] of the prompt. Waits for the device.
     """
 
     prompt: int
@@ -54,6 +56,7 @@ class TokenEvent:
     id: int
     text: str
     logprob: float
+    glimpse: Callable[[str, bool], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +280,7 @@ class Grok:
         call = self._prepared(ids, limit, capture, sampling, batch_size, accept, budget)
         digest = hashlib.sha256(b"".join(len(p).to_bytes(8) + p.tobytes() for p in ids)).hexdigest()
         about = {
-            "checkpoint": {"name": self._checkpoint.directory.name, "hash": self._hash},
+            "checkpoint": {"name": self.name, "hash": self._hash},
             "numerics": self.numerics,
             "weights": self._form,
             "prompts_sha256": digest,
@@ -336,6 +339,15 @@ class Grok:
             nats / len(logprobs), nats / math.log(2) / num_bytes if num_bytes else math.nan, len(logprobs), num_bytes
         )
 
+    @property
+    def name(self) -> str:
+        """Of the checkpoint."""
+        return self._checkpoint.directory.name
+
+    def encode(self, prompt: Prompt) -> np.ndarray:
+        """The ids int32 [T] that a prompt is run as, BOS in front where the model wants it. Raises as `trace` does."""
+        return self._ids(prompt, 0, 0)
+
     def weight(self, name: str, layer: int | None = None) -> np.ndarray:
         """A weight as the checkpoint has it, float32, read from disk.
 
@@ -372,7 +384,7 @@ class Grok:
         size = f"{look.si(c.num_parameters)} parameters, {look.si(c.num_active_parameters)} active"
         shape = f"{c.num_layers} layers, D {c.emb_size}, {c.num_q_heads}/{c.num_kv_heads} heads"
         experts = f"{c.num_experts} experts top {c.num_selected_experts}"
-        name = self._checkpoint.directory.name
+        name = self.name
         if self._weights is None:
             return f"Grok({name}, closed)"
         placed = (
@@ -456,7 +468,7 @@ class Grok:
         """Reports a token; says why to stop after it."""
         text = watch.read(token)
         if on_token is not None:
-            on_token(TokenEvent(job.row, len(job.tokens) - 1, token, text, logprob))
+            on_token(TokenEvent(job.row, len(job.tokens) - 1, token, text, logprob, job.glimpse))
         if stop_at_eos and token == self.config.eos_token:
             return "eos"
         return "stop" if any(s in watch.text[-len(s) - len(text) :] for s in stops) else None
@@ -522,7 +534,7 @@ class Grok:
             stream = self.tokenizer.stream(following=True)
             continuation = "".join(stream(i) for i in tokens[n:]) + stream(None)
         meta = {
-            "checkpoint": {"name": self._checkpoint.directory.name, "hash": self._hash},
+            "checkpoint": {"name": self.name, "hash": self._hash},
             "config": dataclasses.asdict(self.config),
             "numerics": self.numerics,
             "weights": self._form,

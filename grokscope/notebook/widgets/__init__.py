@@ -1,0 +1,1 @@
+"""Widgets: the explorer, in JupyterLab and wherever anywidget runs."""
