@@ -172,7 +172,7 @@ def _captures(text: str | None) -> list | None:
 def _prompts(path: Path) -> list:
     """A prompt a line: a JSON text, a list of ids, or an object with "prompt" or "tokens"."""
     found = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:

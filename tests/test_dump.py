@@ -1,5 +1,7 @@
 """Dumps of many prompts: written while generating, cut short, gone on with, read; and what they would cost."""
 
+import dataclasses
+import functools
 import json
 import shutil
 import signal
@@ -299,3 +301,67 @@ def test_on_the_command_line(random_checkpoint, tmp_path):
     assert bad.returncode == 1
     assert "line 2, is not JSON" in bad.stderr
     assert np.isfinite(found[0]["resid_post"]).all()
+
+
+def test_only_the_same_run_goes_on(small, tmp_path):
+    """Functions, labels and Traces that differ make another run, though they look alike; and a capture given as a
+    generator is read once."""
+    other = small.trace([5, 6], capture="resid_post")
+    changed = dataclasses.replace(other, taps=other.taps | {"resid_post": other.taps["resid_post"] * 2})
+    labels = np.arange(97) % 2
+
+    def cut(done):
+        raise KeyboardInterrupt
+
+    def dumped(folder, edit=None, capture=None, progress=lambda done: None):
+        with small.edits(*([edit] if edit else [])):
+            return small.dump(PROMPTS, tmp_path / folder, capture=capture, progress=progress, resume=True)
+
+    pairs = {
+        "lambda": [{"edit": gs.edit("resid_post", lambda x, *_, f=f: x * f)} for f in (1.0, 2.0)],
+        "partial": [{"edit": gs.edit("resid_post", functools.partial(_times, f))} for f in (1.0, 2.0)],
+        "labels": [{"capture": gs.capture("expert_index", reduce="count", labels=y)} for y in (labels, 1 - labels)],
+        "patch": [{"edit": gs.patch(t, "resid_post", positions=[0])} for t in (other, changed)],
+        "generator": [{"capture": (gs.capture(tap) for tap in [name])} for name in ("resid_post", "resid_mid")],
+    }
+    for name, (first, second) in pairs.items():
+        with pytest.raises(KeyboardInterrupt):
+            dumped(name, **first, progress=cut)
+        with pytest.raises(ValueError, match="dump of another run"):
+            dumped(name, **second)
+
+
+def _times(factor, x, *_):
+    return x * factor
+
+
+def test_a_part_that_was_lost_is_made_again(small, tmp_path, many_parts):
+    whole = small.dump(PROMPTS, tmp_path / "d", 9, capture=CAPTURE, stop_at_eos=False)
+    traces = list(small.dump(PROMPTS, tmp_path / "e", 9, capture=CAPTURE, stop_at_eos=False))
+    next((tmp_path / "d").glob("act-00000001*")).unlink()
+    (tmp_path / "d" / "router-00000002.parquet").write_bytes(b"cut")
+    again = small.dump(PROMPTS, tmp_path / "d", 9, capture=CAPTURE, stop_at_eos=False, resume=True)
+    again.verify()
+    assert len(again) == len(whole)
+    for a, b in zip(traces, again, strict=True):
+        same(a, b)
+
+
+def test_what_failed_before_it_began_leaves_the_folder_free(small, tmp_path):
+    with pytest.raises(TypeError), dump_module.Writer(tmp_path / "d", {"no": {1}}, 1):
+        pass
+    assert not (tmp_path / "d").exists()
+    with pytest.raises(ZeroDivisionError), dump_module.Writer(tmp_path / "d", {}, 1):
+        1 / 0
+    assert small.dump([[5]], tmp_path / "d").prompts == [0]
+    assert (
+        len(small.dump([[5]], tmp_path / "e", capture=gs.capture("resid_post", positions=slice(np.int64(0), None))))
+        == 1
+    )
+
+
+def test_wide_types_come_back(small, tmp_path):
+    trace = small.trace([5, 6], capture="resid_post")
+    for dtype in (np.float64, np.float16):
+        made = dataclasses.replace(trace, taps=trace.taps | {"resid_post": trace["resid_post"].astype(dtype)})
+        assert gs.open(made.save(tmp_path / np.dtype(dtype).name)).taps["resid_post"].dtype == dtype

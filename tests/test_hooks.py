@@ -171,7 +171,7 @@ def test_attention_afterwards(small, truth):
         (lambda: gs.capture("resid_post", steps=-1), ValueError, "counted from 0"),
         (lambda: gs.capture("logits", layers=1), ValueError, "has no layers"),
         (lambda: gs.capture("expert_index", reduce="count", labels=[0, 1]), ValueError, "one for each of 97"),
-        (lambda: ["resid_post", gs.capture("resid_post", layers=1)], ValueError, "captured twice"),
+        (lambda: ["resid_post", gs.capture("resid_post", positions=1)], ValueError, "captured twice"),
         (lambda: 7, TypeError, "int"),
     ],
 )
@@ -543,3 +543,80 @@ def test_captures_are_in_step_with_tokens_when_a_callback_raises(small):
     for trace in traces:
         assert trace["resid_post"].shape[1] == len(trace)
         np.testing.assert_allclose(trace["resid_post.mean"], trace["resid_post"].mean(1), atol=1e-5)
+
+
+# What a hostile reader found
+
+
+def test_a_patch_goes_by_head_numbers(small):
+    """Heads captured in another order, or from the end of another prompt, are put where they belong."""
+    turned = small.trace(TOKENS, capture=gs.capture("attn_z", heads=[3, 1, 0, 2]))
+    plain = small.trace(TOKENS, capture="logits")
+    with small.edits(gs.patch(turned, "attn_z")):
+        assert np.abs(small.trace(TOKENS, capture="logits")["logits"] - plain["logits"]).max() < 1e-5
+    longer = small.trace(TOKENS, capture="resid_post")
+    for positions in (-1, "last"):
+        with small.edits(gs.patch(longer, "resid_post", layers=1, positions=positions)):
+            found = small.trace(TOKENS[:4], capture="resid_post")
+        assert (found["resid_post", 1][-1] == longer["resid_post", 1][-1]).all()
+    beyond = gs.patch(small.trace([1, 2], capture="resid_post"), "resid_post", positions=[1, 7])
+    with small.edits(beyond), pytest.raises(ValueError, match="reads position 7 of a Trace that holds 0 to 1"):
+        small.trace(TOKENS)
+
+
+def test_a_prompt_without_a_pooled_position(small):
+    """A reduction over positions that a short prompt has not: that prompt lacks it, the others have it."""
+    short, long = small.trace([[1, 2], TOKENS], capture=gs.capture("resid_post", reduce="mean", positions=[5]))
+    assert "resid_post.mean" not in short.taps
+    assert "resid_post.mean" in long.taps
+
+
+def test_a_mean_over_nothing_is_nan(small):
+    first = small.generate(TOKENS, 1, capture=()).tokens[-1]
+    ends = dataclasses.replace(small.config, eos_token=int(first))
+    with mock.patch.object(small, "config", ends), pytest.warns(UserWarning, match="is empty"):
+        trace = small.generate(TOKENS, 9, capture=gs.capture("resid_post", reduce="mean", steps=[5]))
+    assert np.isnan(trace["resid_post.mean"]).all()
+
+
+def test_later_knows_of_edits_of_attention(small):
+    with small.edits(gs.set("attn_scores", 0.0, layers=2)):
+        trace = small.trace(TOKENS, capture=gs.capture("attn_pattern", later=True))
+    with pytest.raises(ValueError, match="edited attn_scores"):
+        trace.attention()
+
+
+def test_a_patch_beside_a_number_for_another_prompt(small):
+    other = small.trace(TOKENS, capture="resid_post")
+    edits = gs.set("resid_post", 0.0, layers=2, prompts=0), gs.patch(other, "resid_post", layers=2, prompts=1)
+    with small.edits(*edits):
+        a, b = small.generate([TOKENS, TOKENS], 3, capture="resid_post", stop_at_eos=False)
+    assert (a["resid_post", 2] == 0).all()
+    assert (b["resid_post", 2][: len(TOKENS)] == other["resid_post", 2]).all()
+
+
+def test_transformer_lens_names_of_two_layers_are_one_capture(small):
+    trace = small.trace(TOKENS, capture=["blocks.0.hook_resid_post", "blocks.2.hook_resid_post"])
+    assert trace.layers["resid_post"] == [0, 2]
+
+
+def test_edits_may_be_entered_again(small):
+    edited = small.edits(gs.ablate(layers=1))
+    with edited:
+        first = small.trace(TOKENS).meta["edits"]
+    with edited, edited:
+        assert small.trace(TOKENS).meta["edits"] == first * 2
+    assert small.trace(TOKENS).meta["edits"] == []
+
+
+def test_a_glimpse_is_what_is_kept(small):
+    """While it runs, each token's routing, and the prompt's: the same as in the Trace."""
+    seen = []
+
+    def look(event):
+        if event.position == len(TOKENS):
+            seen.append(event.glimpse("router_logits", True))
+        seen.append(event.glimpse("router_logits", False)[:, None])
+
+    trace = small.generate(TOKENS, NEW, on_token=look, stop_at_eos=False)
+    assert (np.concatenate(seen, axis=1) == trace["router_logits"]).all()

@@ -7,6 +7,7 @@ them. How a Kept enters a compiled step is the matter of grokscope.run.hooks.
 import dataclasses
 import difflib
 import fnmatch
+import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -121,13 +122,15 @@ class Capture:
     name: str | None = None
 
     def json(self) -> dict[str, Any]:
-        """What was asked for; labels as their number of classes."""
+        """What was asked for; labels as their number of classes and a digest."""
         found = {n: as_json(getattr(self, n)) for n in ("layers", "heads", "experts", "reduce", "name")}
         found |= self.where.json() | {
             "later": self.later or None,
             "k": self.k if self.reduce in ("topk", "lens") else None,
         }
-        found["classes"] = None if self.labels is None else int(self.labels.max()) + 1
+        if self.labels is not None:
+            digest = hashlib.sha256(np.ascontiguousarray(self.labels, np.int64).tobytes()).hexdigest()[:16]
+            found |= {"classes": int(self.labels.max()) + 1, "labels": digest}
         return {"tap": self.tap} | {n: v for n, v in found.items() if v is not None}
 
 
@@ -301,6 +304,8 @@ def resolve(wishes: Wish | Iterable[Wish] | None, config: GrokConfig) -> tuple[K
             if before is None or (kept.key in weak and not vague):
                 found[kept.key] = kept
                 weak = weak | {kept.key} if vague else weak - {kept.key}
+            elif not vague and kept.layers and _same(before, dataclasses.replace(kept, layers=before.layers)):
+                found[kept.key] = dataclasses.replace(kept, layers=tuple(sorted({*before.layers, *kept.layers})))
             elif not vague and not _same(before, kept):
                 raise ValueError(
                     f"{kept.key!r} is captured twice, in two ways; make them one, or give one a name= of its own"

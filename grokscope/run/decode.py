@@ -425,7 +425,8 @@ class Run:
             if not self.hooks.takes(kept, job.row):
                 continue
             if kept.pooled:
-                job.captures[kept.key] = _pooled(kept, _landed(job.pools))
+                if any(kept.key in pools for pools in job.pools):  # else no position of this prompt was asked for
+                    job.captures[kept.key] = _pooled(kept, _landed(job.pools))
                 continue
             for key, (dims, _) in kept.outputs().items():
                 if own := [part[key] for part in parts if key in part]:
@@ -488,7 +489,8 @@ def _pooled(kept: Kept, places: list[dict]) -> np.ndarray:
         number, mean, *spread = (np.asarray(a) for a in pool)
         if number.ndim:
             number, mean, *spread = (a[0] for a in (number, mean, *spread))
-        found.append(np.stack([mean, spread[0] / max(number, 1)]) if spread else mean)
+        value = np.stack([mean, spread[0] / max(number, 1)]) if spread else mean
+        found.append(value if number else np.full_like(value, np.nan))  # the sequence ended before any
     value = np.stack(found)
     value = value if kept.layers is not None else value[0]
     return value[..., list(kept.numbers)] if kept.reduce == "count" and kept.axis else value

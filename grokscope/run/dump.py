@@ -35,15 +35,26 @@ ARRAYS = ("tokens", "logprobs")
 FIELDS = tuple(f.name for f in dataclasses.fields(Trace) if f.name not in (*ARRAYS, "taps"))
 PART_BYTES = 16_000_000
 PART_SECONDS = 60
-DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "I32": np.int32}
-"""Types of taps, as safetensors spells them."""
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
+          "I32": np.int32}  # fmt: skip
+"""Types of arrays, as safetensors spells them."""
 
 
 def refuse_existing(directory: Path | str) -> None:
     """Raises FileExistsError unless a dump can be written there: nothing, or an empty folder."""
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if not directory.exists() or (directory.is_dir() and _begun_only(directory)):
+        return
+    if not directory.is_dir() or any(directory.iterdir()):
         raise FileExistsError(f"{directory} exists and is not an empty folder; choose a new one, or delete it first")
+
+
+def _begun_only(directory: Path) -> bool:
+    """Whether there is nothing but the lock, and perhaps the manifest, of a dump that never had a part."""
+    names = {path.name for path in directory.iterdir()}
+    if names == {".lock"}:
+        return True
+    return names == {".lock", "manifest.json"} and not _manifest(directory, empty=True)["parts"]
 
 
 def save(trace: Trace, directory: Path | str) -> Path:
@@ -62,6 +73,7 @@ class Writer:
     """
 
     def __init__(self, directory: Path | str, about: dict[str, Any], num_prompts: int, *, resume: bool = False):
+        json.dumps(about)  # TypeError before anything is written
         self.directory = Path(directory)
         self.manifest = {"format": FORMAT, "about": about, "prompts": num_prompts, "taps": {}, "parts": []}
         if not (resume and (self.directory / "manifest.json").exists()):
@@ -91,7 +103,8 @@ class Writer:
         self._traces, self._size, self._begun = {}, 0, time.monotonic()
 
     def _write(self, traces: dict[int, Trace]) -> None:
-        number = len(self.manifest["parts"])
+        names = [part["files"]["act"]["file"] for part in self.manifest["parts"]]
+        number = max((int(name[4:12]) + 1 for name in names), default=0)
         files = {"act": self._file(f"act-{number:08d}.safetensors", lambda path: _save_tensors(traces, path))}
         for table in TABLES:
             having = {p: t for p, t in traces.items() if table in t.tables}
@@ -128,7 +141,7 @@ class Writer:
             raise RuntimeError(f"{self.directory} is being written by another process") from err
         try:
             if (self.directory / "manifest.json").exists():
-                self._go_on(_manifest(self.directory))
+                self._go_on(_manifest(self.directory, empty=True))
             self._write_manifest()
         except BaseException:
             self._lock.close()
@@ -136,12 +149,15 @@ class Writer:
         return self
 
     def _go_on(self, found: dict[str, Any]) -> None:
+        if not found["parts"]:
+            return
         ours, theirs = self.manifest["about"], found["about"]
         changed = [n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)]
         if changed or found["prompts"] != self.manifest["prompts"]:
             what = ", ".join(f"{n} ({theirs.get(n)!r}, now {ours.get(n)!r})"[:200] for n in changed) or "prompts"
             raise ValueError(f"{self.directory} is the dump of another run; different: {what}")
-        self.manifest = found
+        whole = [part for part in found["parts"] if all(_is_whole(self.directory, f) for f in part["files"].values())]
+        self.manifest = found | {"parts": whole}  # what is missing or cut is made again
 
     def __exit__(self, *_) -> None:
         try:
@@ -170,7 +186,13 @@ def _save_table(traces: dict[int, Trace], table: str, path: Path) -> None:
     pq.write_table(pa.table(joined), path, compression="zstd", use_dictionary=others, use_byte_stream_split=floats)
 
 
-def _manifest(directory: Path) -> dict[str, Any]:
+def _is_whole(directory: Path, entry: dict[str, Any]) -> bool:
+    path = directory / entry["file"]
+    return path.exists() and path.stat().st_size == entry["bytes"]
+
+
+def _manifest(directory: Path, *, empty: bool = False) -> dict[str, Any]:
+    """Raises ValueError for a damaged one; for that of a single Trace without its part unless `empty`."""
     path = directory / "manifest.json"
     if not path.exists():
         raise FileNotFoundError(f"{directory} is not a dump: it has no manifest.json")
@@ -187,7 +209,7 @@ def _manifest(directory: Path) -> dict[str, Any]:
             part["files"]["act"]
         manifest["prompts"], manifest["about"] = int(manifest["prompts"]), dict(manifest["about"])
         manifest["taps"] = {tap: {"dims": t["dims"], "dtype": t["dtype"]} for tap, t in manifest["taps"].items()}
-        if manifest["about"].get("single") and not manifest["parts"]:
+        if manifest["about"].get("single") and not manifest["parts"] and not empty:
             raise ValueError("no parts")
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise ValueError(f"{path} is damaged, or not a manifest of {FORMAT!r}: {err}") from err
@@ -211,9 +233,12 @@ class _Part:
 
     def __init__(self, path: Path):
         raw = np.memmap(path, np.uint8, "r")
-        begin = 8 + int(raw[:8].view("<u8")[0])
-        self.header = json.loads(raw[8:begin].tobytes())
-        self.fields = json.loads(self.header.pop("__metadata__")["traces"])
+        try:
+            begin = 8 + int(raw[:8].view("<u8")[0])
+            self.header = json.loads(raw[8:begin].tobytes())
+            self.fields = json.loads(self.header.pop("__metadata__")["traces"])
+        except (ValueError, KeyError) as err:
+            raise ValueError(f"{path} was changed since it was written: {err}") from err
         self._data = raw[begin:]
 
     def array(self, name: str) -> np.ndarray:
@@ -276,6 +301,8 @@ class Dump:
         values, of = [], []
         for prompt in self.prompts if prompts is None else prompts:
             trace = self[prompt]
+            if prompts is None and tap in self.taps and tap not in trace.taps:
+                continue  # captured of other prompts
             value = trace[tap] if layer is None else trace[tap, layer]
             dims = trace.dims[tap] if layer is None else trace.dims[tap][1:]
             if "T" not in dims or "S" in dims:
@@ -328,7 +355,7 @@ class Dump:
 
     def _whole(self, entry: dict[str, Any]) -> Path:
         path = self.directory / entry["file"]
-        if not path.exists() or path.stat().st_size != entry["bytes"]:
+        if not _is_whole(self.directory, entry):
             raise ValueError(f"{path} is missing or was changed since it was written: expected {entry['bytes']} bytes")
         return path
 

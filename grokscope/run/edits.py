@@ -70,13 +70,35 @@ def _json(value: Any) -> Any:
     if isinstance(value, np.integer | np.floating):
         return value.item()
     if isinstance(value, Trace):
-        digest = hashlib.sha256(json.dumps([value.tokens.tolist(), value.meta["edits"]]).encode()).hexdigest()[:16]
-        return {"tokens": value.tokens.tolist(), "digest": digest}
+        digest = hashlib.sha256(json.dumps([value.tokens.tolist(), value.meta["edits"]]).encode())
+        for name, held in value.taps.items():
+            digest.update(name.encode() + np.ascontiguousarray(held).tobytes())
+        return {"tokens": value.tokens.tolist(), "digest": digest.hexdigest()[:16]}
     if callable(value):
-        return f"{value.__module__}.{value.__qualname__}"
+        return _function(value)
     if isinstance(value, dict):
         return {str(k): _json(v) for k, v in value.items()}
     return as_json(value)
+
+
+def _function(fn: Callable) -> str:
+    """The name of a function, and a digest of what it does as far as can be seen: its code, and what it closes over."""
+    code = getattr(fn, "__code__", None)
+    name = getattr(fn, "__qualname__", type(fn).__qualname__)
+    seen = [
+        repr([getattr(fn, n, None) for n in ("__defaults__", "__kwdefaults__")]),
+        repr(vars(fn) if code is None else []),
+    ]
+    if code is not None:
+        seen += [
+            code.co_code.hex(),
+            repr(code.co_names),
+            repr([c for c in code.co_consts if not hasattr(c, "co_code")]),
+        ]
+        seen += [repr(cell.cell_contents) for cell in fn.__closure__ or ()]
+    for inner in (*getattr(fn, "args", ()), getattr(fn, "func", None)):
+        seen.append(_function(inner) if callable(inner) else repr(inner))
+    return f"{fn.__module__}.{name} {hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:8]}"
 
 
 def _edit(op: str, parts, selectors: dict, **args) -> Edit:
@@ -134,7 +156,11 @@ def patch(trace: Trace, tap: str, *, positions=None, **selectors) -> Edit:
     """
     if not isinstance(trace, Trace):
         raise TypeError(f"patch takes a Trace; got {type(trace).__name__}")
-    sources = dict(positions) if isinstance(positions, Mapping) else None
+    if isinstance(positions, str) and positions == "last":
+        positions = -1
+    if positions is not None and not isinstance(positions, slice | Mapping):
+        positions = {p: p for p in parsed("positions", positions)}
+    sources = dict(positions) if positions is not None and not isinstance(positions, slice) else None
     where = list(sources) if sources is not None else positions
     if sources is not None and any(
         isinstance(p, bool) or not isinstance(p, int | np.integer) for p in [*sources, *sources.values()]
@@ -298,6 +324,10 @@ class Source:
         if "S" in dims:
             spare = [(0, 0)] * (value.ndim - 1) + [(0, max(num_keys - value.shape[-1], 0))]
             value = np.pad(value, spare, constant_values=MASKED if self.tap == "attn_scores" else 0)[..., :num_keys]
+        for axis, dim in enumerate("T" + dims.replace("T", "")):
+            numbers = self.trace.numbers.get(self.tap, {}).get(dim)
+            if dim not in "TS" and numbers is not None:  # heads or experts, in the order of the capture
+                value = np.take(value, np.argsort(numbers), axis=axis)
         return value
 
 

@@ -9,7 +9,7 @@ import importlib.metadata
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -47,8 +47,8 @@ class TokenEvent:
       position: where it stands in its sequence.
       id, logprob: the token and its log-probability in nats, before temperature and filters.
       text: the whole characters it completes; "" inside a UTF-8 sequence.
-      glimpse: for a look at captures with a layer and a position first while it runs: glimpse("router_logits", False) is
-        [L, E] of this token, glimpse("router_logits", True) [L, T, E] of the prompt. Waits for the device.
+      glimpse: a look at captures while it runs: glimpse("router_logits", False) is [L, E] of this token, and
+        glimpse("router_logits", True) [L, T, E] of the prompt. Taps whose dims begin with T. Waits for the device.
     """
 
     prompt: int
@@ -234,6 +234,13 @@ class Grok:
         """
         if (x is None) == (tokens is None):
             raise ValueError("give either prompts or tokens=, not both")
+        if max_new_tokens:
+            _limit(max_new_tokens)
+        if (tokens is not None and tokens < 1) or max_new_tokens >= self.config.sequence_len:
+            raise ValueError(
+                f"tokens={tokens}, max_new_tokens={max_new_tokens}: expected at least one token, and fewer new ones "
+                f"than the context of {self.config.sequence_len} holds"
+            )
         if x is not None:
             prompts = self._prompts(x, max_new_tokens)[0]
         else:
@@ -272,6 +279,7 @@ class Grok:
         dump of another call; OSError if it cannot be written (finished parts stay).
         """
         limit = _limit(max_new_tokens) if max_new_tokens else 0
+        capture = None if capture is None else captures.as_captures(capture)
         ids, single = self._prompts(prompts, limit)
         if single:
             raise TypeError("dump takes a list of prompts; one Trace has save")
@@ -285,9 +293,9 @@ class Grok:
             "weights": self._form,
             "prompts_sha256": digest,
             "max_new_tokens": limit,
-            "stop_at_eos": stop_at_eos,
+            "stop_at_eos": bool(stop_at_eos),
             "sampling": {n: np.asarray(v).tolist() for n, v in sampling.items()},
-            "capture": [c.json() for c in captures.as_captures(capture)] if capture is not None else None,
+            "capture": [c.json() for c in capture] if capture is not None else None,
             "edits": call.edits,
             "batch_size": call.batch_size,
             "versions": versions(),
@@ -312,15 +320,7 @@ class Grok:
         ValueError for what this model does not have.
         """
         edits.changes(changes, self.config)
-        return self._with_edits(changes)
-
-    @contextlib.contextmanager
-    def _with_edits(self, changes: tuple) -> Iterator[None]:
-        token = _EDITS.set((*_EDITS.get(), *((self, change) for change in changes)))
-        try:
-            yield
-        finally:
-            _EDITS.reset(token)
+        return _Edited(self, changes)
 
     def loss(self, x: Prompts) -> Loss:
         """Mean loss of a text, of ids, or over a list of either. The first token of each is given, not predicted."""
@@ -455,7 +455,8 @@ class Grok:
             following, kept = 0, set()
             for job in run.results():
                 done[job.row] = self._trace(job, run, call)
-                kept |= {key for key, value in done[job.row].taps.items() if value.size}
+                trace = done[job.row]
+                kept |= {key for key, a in trace.taps.items() if a.size and trace.numbers[key].get("T") != []}
                 while done and (not ordered or following in done):
                     yield done.pop(following if ordered else next(iter(done)))
                     following += 1
@@ -479,10 +480,12 @@ class Grok:
             raise TypeError("got a Trace; give its ids, trace.tokens, or its text, trace.text")
         if isinstance(x, str):
             return [self._ids(x, 0, limit)], True
-        if isinstance(x, bytes | bytearray) or np.isscalar(x) or not hasattr(x, "__len__"):
+        if isinstance(x, bytes | bytearray | Mapping) or np.isscalar(x) or not hasattr(x, "__len__"):
             raise TypeError(f"a prompt is a text, token ids, or a list of either; got {type(x).__name__}")
         items = list(x)
-        single = not items or _is_number(items[0])
+        if not items:
+            raise ValueError("got no prompt: an empty list")
+        single = _is_number(items[0])
         return [self._ids(p, i, limit) for i, p in enumerate([items] if single else items)], single
 
     def _ids(self, prompt: Prompt, index: int, limit: int) -> np.ndarray:
@@ -564,6 +567,20 @@ class Grok:
 
 _EDITS: contextvars.ContextVar[tuple[tuple[Grok, "edits.Edit"], ...]] = contextvars.ContextVar("edits", default=())
 """Of this thread or task: the edits of the `with` statements around it, each with its model."""
+
+
+class _Edited:
+    """The `with` of `Grok.edits`; may be entered again."""
+
+    def __init__(self, grok: Grok, changes: tuple["edits.Edit", ...]):
+        self._changes = tuple((grok, change) for change in changes)
+        self._before: list[contextvars.Token] = []
+
+    def __enter__(self) -> None:
+        self._before.append(_EDITS.set((*_EDITS.get(), *self._changes)))
+
+    def __exit__(self, *_) -> None:
+        _EDITS.reset(self._before.pop())
 
 
 @dataclasses.dataclass(frozen=True)

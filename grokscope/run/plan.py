@@ -108,7 +108,7 @@ def _nbytes(tree: Any) -> int:
 
 def as_bytes(budget: int | str) -> int:
     """Bytes of 2000000, "2GB" or "500 MB" (decimal). Raises ValueError."""
-    found = re.fullmatch(r"\s*([\d.]+)\s*([kMGT]?)B?\s*", str(budget))
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kMGT]?)B?\s*", str(budget))
     if isinstance(budget, bool) or not found:
         raise ValueError(f'budget={budget!r}: expected bytes, or a text like "2GB" or "500 MB"')
     return int(float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[found[2]])

@@ -16,8 +16,15 @@ PHASES = ("prefill", "decode")
 
 def parsed(name: str, selector: Any) -> tuple[int, ...] | slice | None:
     """A selector as a value: None, a slice, or a tuple of ints. Raises TypeError or ValueError naming it."""
-    if selector is None or isinstance(selector, slice):
-        return selector
+    if selector is None:
+        return None
+    if isinstance(selector, slice):
+        bounds = [selector.start, selector.stop, selector.step]
+        if any(b is not None and (isinstance(b, bool) or not isinstance(b, int | np.integer)) for b in bounds):
+            raise TypeError(f"{name}={selector!r}: a slice is of ints")
+        if selector.step == 0:
+            raise ValueError(f"{name}={selector!r}: a slice cannot step by 0")
+        return slice(*(None if b is None else int(b) for b in bounds))
     if isinstance(selector, str | bytes | bool | float):
         raise TypeError(f"{name}={selector!r}: expected an int, a list of ints or a slice")
     items = np.atleast_1d(np.asarray(selector if np.ndim(selector) == 0 else list(selector)))

@@ -98,7 +98,7 @@ class Hooks:
                 for stacked in reversed(found[place]):
                     first = stacked.changes[0][1]
                     apart = all(prompts.isdisjoint(others) for others, _ in stacked.changes)
-                    if first.kind == change.kind and np.shape(first.value) == np.shape(change.value) and apart:
+                    if first.kind == change.kind and _shape(first.value) == _shape(change.value) and apart:
                         stacked.changes.append((prompts, change))
                         break
                     if first.kind.tap == change.kind.tap and not apart:
@@ -284,6 +284,11 @@ def _experts_needed(change: Change) -> int:
     if change.kind.op == "force":
         return int(np.sum(change.mask))
     return int(change.value) if change.kind.op == "top_k" else 0
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Of the values a change holds; None of another Trace's, which are as many as it has positions."""
+    return None if isinstance(value, Source) else np.shape(value)
 
 
 def _reach(hook: Kept | Change, sequence: Sequence) -> np.ndarray:

@@ -118,6 +118,11 @@ class Trace:
                 f"attention needs the taps q and k, and this Trace lacks {' and '.join(missing)}; "
                 'capture them, or grokscope.capture("attn_pattern", later=True)'
             )
+        edited = {e.get("tap") for e in self.meta["edits"]} & {"attn_scores", "attn_pattern"}
+        if edited:
+            raise ValueError(
+                f"this run edited {min(edited)}, which q and k do not show; capture attn_pattern itself, not later"
+            )
         config, held = self.meta["config"], self.coords("q")
         chosen = {}
         for axis, wanted in (("layer", layers), ("head", heads), ("position", positions)):
