@@ -86,7 +86,7 @@ def shown(source: Source, layer: int, head: int, measure: str, *, top: int = 10)
                 rows.append((trace.meta["prompt"], at, trace.pieces[at], key, trace.pieces[key], score[row]))
     columns = ["prompt", "position", "piece", "key_position", "key_piece", "score"]
     frame = pd.DataFrame(rows, columns=columns).sort_values("score", ascending=False, ignore_index=True)
-    return frame[:top]
+    return pd.DataFrame(frame[:top])
 
 
 def by_class(source: Source, by: Any = "class", *, phase: str = "all", seed: int = 0) -> pd.DataFrame:
@@ -125,7 +125,7 @@ def by_class(source: Source, by: Any = "class", *, phase: str = "all", seed: int
         }  # fmt: skip
         frames.append(pd.DataFrame(columns))
     frame = pd.concat(frames, ignore_index=True)
-    return frame[frame["rows"] > 0].reset_index(drop=True)
+    return frame.query("rows > 0").reset_index(drop=True)
 
 
 def read_at_swaps(comparison: Comparison, *, layers: Sequence[int] | None = None) -> pd.DataFrame:

@@ -304,7 +304,12 @@ def resolve(wishes: Wish | Iterable[Wish] | None, config: GrokConfig) -> tuple[K
             if before is None or (kept.key in weak and not vague):
                 found[kept.key] = kept
                 weak = weak | {kept.key} if vague else weak - {kept.key}
-            elif not vague and kept.layers and _same(before, dataclasses.replace(kept, layers=before.layers)):
+            elif (
+                not vague
+                and kept.layers
+                and before.layers
+                and _same(before, dataclasses.replace(kept, layers=before.layers))
+            ):
                 found[kept.key] = dataclasses.replace(kept, layers=tuple(sorted({*before.layers, *kept.layers})))
             elif not vague and not _same(before, kept):
                 raise ValueError(

@@ -75,7 +75,13 @@ class Writer:
     def __init__(self, directory: Path | str, about: dict[str, Any], num_prompts: int, *, resume: bool = False):
         json.dumps(about)  # TypeError before anything is written
         self.directory = Path(directory)
-        self.manifest = {"format": FORMAT, "about": about, "prompts": num_prompts, "taps": {}, "parts": []}
+        self.manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "about": about,
+            "prompts": num_prompts,
+            "taps": {},
+            "parts": [],
+        }
         if not (resume and (self.directory / "manifest.json").exists()):
             refuse_existing(self.directory)
         self._traces: dict[int, Trace] = {}

@@ -159,7 +159,8 @@ def patch(trace: Trace, tap: str, *, positions=None, **selectors) -> Edit:
     if isinstance(positions, str) and positions == "last":
         positions = -1
     if positions is not None and not isinstance(positions, slice | Mapping):
-        positions = {p: p for p in parsed("positions", positions)}
+        numbers = parsed("positions", positions)
+        positions = {p: p for p in numbers} if isinstance(numbers, tuple) else None
     sources = dict(positions) if positions is not None and not isinstance(positions, slice) else None
     where = list(sources) if sources is not None else positions
     if sources is not None and any(

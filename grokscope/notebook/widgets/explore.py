@@ -190,8 +190,8 @@ class Explore(anywidget.AnyWidget):
             ids = self._grok.encode(run.prompt)
             prompt_length = len(ids)
             with self._grok.edits(*made):
-                run.trace = self._grok.generate(
-                    ids, o["max"], temperature=o["temperature"], top_p=o["top_p"], seed=o["seed"], on_token=on_token,
+                (trace,) = self._grok.stream(
+                    [ids], o["max"], temperature=o["temperature"], top_p=o["top_p"], seed=o["seed"], on_token=on_token,
                     capture=["router_logits", capture("attn_pattern", later=True), lens],
                 )  # fmt: skip
             run.seconds = time.perf_counter() - begun
@@ -199,14 +199,15 @@ class Explore(anywidget.AnyWidget):
             self._failed("generate", err)
             return
         flush()
+        run.trace = trace
         self._runs = [*self._runs, run][-RUNS:]
-        self._show(run, run.trace)
+        self._show(run, trace)
 
     def _export(self, run: _Run, taps: list[str], directory: str) -> None:
         try:
             made = [edit for one in run.edits for edit in self._edit(one)]
             with self._grok.edits(*made):
-                dump = self._grok.dump([run.trace.tokens], directory, capture=list(taps) or ())
+                dump = self._grok.dump([self._trace(run.id).tokens], directory, capture=list(taps) or ())
             self.send({"kind": "exported", "path": str(Path(directory)), "bytes": dump.nbytes, "taps": list(dump.taps)})
         except Exception as err:
             self._failed("export", err)
