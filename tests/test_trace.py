@@ -159,3 +159,36 @@ def test_plots(grok, trace):
     chosen = trace["expert_index"][:, trace.phase == "decode"]
     np.testing.assert_allclose(shares[1], [[(layer == e).mean() for e in range(8)] for layer in chosen])
     plt.close("all")
+
+
+def test_plots_of_analyses(grok):
+    """Every view draws from Traces and from its table, on axes it is given, and says how much is behind it."""
+    import matplotlib.pyplot as plt
+
+    from grokscope import analysis
+
+    keep = ["router_logits", gs.capture("attn_pattern", later=True), gs.capture("resid_post", reduce="lens", k=2)]
+    traces = grok.generate(["The old keeper", "def f(x):", "In the year"], 8, capture=keep, stop_at_eos=False)
+    one = traces[0]
+    views = {
+        gs.plot.router_entropy: (traces,), gs.plot.coactivation: (traces, 2), gs.plot.transitions: (traces, 2),
+        gs.plot.token_strip: (one, 1), gs.plot.logit_lens: (one,), gs.plot.compare: (gs.compare(*traces[:2]),),
+    }  # fmt: skip
+    for plot, arguments in views.items():
+        _, ax = plt.subplots()
+        assert plot(*arguments, ax=ax) is ax
+        assert ax.get_title(loc="left")
+        plt.close("all")
+    tokens = sum(map(len, traces))
+    ax = gs.plot.coactivation(analysis.coactivation(traces, phase="all"), 1)
+    assert f"{tokens} tokens, 3 prompts" in ax.get_title(loc="left")
+    assert ax.images[0].get_array().shape == (8, 8)
+    sheet = gs.plot.attention(one, 2)
+    assert len(sheet.child_axes) == 6
+    head = gs.plot.attention(one, 2, 3)
+    np.testing.assert_allclose(head.images[0].get_array().data ** 2, one.attention(layers=2, heads=3)[0, 0], atol=1e-6)
+    with pytest.raises(KeyError, match="head 9 of layer 2"):
+        gs.plot.attention(one, 2, 9)
+    with pytest.raises(ValueError, match="phases prefill, decode"):
+        gs.plot.coactivation(analysis.coactivation(traces), 1)
+    plt.close("all")

@@ -36,7 +36,7 @@ def heads(source: Source, *, phase: str = "all", seed: int = 0) -> pd.DataFrame:
     sums: dict[tuple, list] = {}
     for trace in sequences(source):
         wanted = targets(trace.tokens)
-        for layer, numbers, positions, pattern in _patterns(trace):
+        for layer, numbers, positions, pattern in patterns(trace):
             found = _scores(pattern, positions, wanted)
             for name, of in phases(phase):
                 rows = of(trace.phase)[positions]
@@ -74,7 +74,7 @@ def shown(source: Source, layer: int, head: int, measure: str, *, top: int = 10)
     rows = []
     for trace in sequences(source):
         target = targets(trace.tokens)[measure]
-        for number, numbers, positions, pattern in _patterns(trace, layer):
+        for number, numbers, positions, pattern in patterns(trace, layer):
             if head not in numbers or number != layer:
                 raise KeyError(f"head {head} of layer {layer} was not kept; kept are {list(numbers)}")
             masked = pattern[list(numbers).index(head)] * target[positions]
@@ -101,7 +101,7 @@ def by_class(source: Source, by: Any = "class", *, phase: str = "all", seed: int
     for index, trace in enumerate(sequences(source)):
         own = (labels.of(index, trace).astype(str)[:, None] == np.array(names)).astype(np.float32)  # [T, Y]
         seen = np.cumsum(own, 0) / np.arange(1, len(trace) + 1)[:, None]  # uniform attention over the keys so far
-        for layer, numbers, positions, pattern in _patterns(trace):
+        for layer, numbers, positions, pattern in patterns(trace):
             mass = pattern @ own  # [H, T, Y]
             for name, of in phases(phase):
                 rows = of(trace.phase)[positions]
@@ -142,8 +142,8 @@ def read_at_swaps(comparison: Comparison, *, layers: Sequence[int] | None = None
         swapped = comparison.pairs[comparison.swapped[comparison.layers.index(number)]]
         if not len(swapped):
             continue
-        ((_, heads_of, at_a, pattern_a),) = _patterns(a, number)
-        ((_, _, at_b, pattern_b),) = _patterns(b, number)
+        ((_, heads_of, at_a, pattern_a),) = patterns(a, number)
+        ((_, _, at_b, pattern_b),) = patterns(b, number)
         distance = dict(zip(comparison.pairs[:, 0], comparison.routing[comparison.layers.index(number)], strict=True))
         keys_a = np.array(sorted(there))
         keys_b = np.array([there[key] for key in keys_a])
@@ -173,7 +173,7 @@ def read_at_swaps(comparison: Comparison, *, layers: Sequence[int] | None = None
     return pd.DataFrame(rows, columns=names).sort_values("moved", ascending=False, ignore_index=True)
 
 
-def _patterns(trace: Trace, layer: int | None = None) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+def patterns(trace: Trace, layer: int | None = None) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
     """(layer, head numbers, positions, pattern [H, T, S]) layer by layer."""
     tap = "attn_pattern" if "attn_pattern" in trace.taps or "q" not in trace.taps else "q"
     trace[tap]  # KeyError

@@ -24,8 +24,8 @@ ATTRIBUTION = (
 def lens(source: Source, tap: str = "resid_post") -> pd.DataFrame:
     """What the stream would predict if the model ended there, at every captured layer and position.
 
-    Columns: prompt, layer (of taps that have one), position, piece, phase, best (0 is the likeliest), token, logprob
-    (nats), rank (of the token that followed; 0 is best, -1 where none did).
+    Columns: prompt, layer (of taps that have one), position, piece, phase, best (0 is the likeliest), token and word (what
+    it guesses, and its piece), logprob (nats), rank (of the token that followed; 0 is best, -1 where none did).
     """
     frames = []
     for trace in sequences(source):
@@ -40,7 +40,10 @@ def lens(source: Source, tap: str = "resid_post") -> pd.DataFrame:
         layer, position, number = (axis.ravel() for axis in grid)
         columns = {"prompt": trace.meta["prompt"]} | ({"layer": layer} if layered else {})
         columns |= {"position": position, "piece": np.array(trace.pieces, object)[position]}
-        columns |= {"phase": trace.phase[position], "best": number, "token": best.ravel(), "logprob": logprob.ravel()}
+        words = trace.meta.get("words", {})
+        word = [words.get(str(token), f"<{token}>") for token in best.ravel()]
+        columns |= {"phase": trace.phase[position], "best": number, "token": best.ravel(), "word": word}
+        columns["logprob"] = logprob.ravel()
         frames.append(pd.DataFrame(columns | {"rank": np.broadcast_to(rank[..., None], best.shape).ravel()}))
     return pd.concat(frames, ignore_index=True)
 

@@ -1,4 +1,4 @@
-"""Pictures of a Trace: Trace -> Axes. They take `ax=None`, return the Axes and never call show.
+"""Pictures of Traces, tables and comparisons. They take `ax=None`, return the Axes and never call show.
 
 Styled in a context, never globally. Colours are those of grokscope.look, the same as everywhere else.
 """
@@ -10,17 +10,24 @@ from typing import TYPE_CHECKING
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib import font_manager
 from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 
 from grokscope import look
+from grokscope.analysis import attention as attention_analysis
+from grokscope.analysis import routing as routing_analysis
+from grokscope.analysis.compare import Comparison
+from grokscope.analysis.lens import lens as lens_table
+from grokscope.analysis.sequences import Source
 from grokscope.run.trace import Trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FONTS = ("Helvetica Neue", "Segoe UI", "Helvetica", "Arial", "DejaVu Sans")
+SEQUENTIAL = LinearSegmentedColormap.from_list("gs.seq", look.SEQUENTIAL)
 DIVERGING = LinearSegmentedColormap.from_list("gs.div", look.DIVERGING)
 RC = {
     "font.size": 8,
@@ -128,6 +135,198 @@ def expert_load(trace: Trace, ax: "Axes | None" = None) -> "Axes":
         bar.set_ticks(
             [0, 1 / num_experts, 2 / num_experts], labels=["0 %", f"1/{num_experts}", f"{200 / num_experts:.3g} %"]
         )
+        bar.outline.set_visible(False)
+    return ax
+
+
+def router_entropy(source: "Source | pd.DataFrame", ax: "Axes | None" = None) -> "Axes":
+    """Mean entropy of the router at each layer, prefill and decode, with 95 % intervals; the dotted line is log2 E.
+
+    Takes what `analysis.entropy` takes, or its table.
+    """
+    frame = source if isinstance(source, pd.DataFrame) else routing_analysis.entropy(source)
+    with _styled(ax, 3.5, 2.4) as ax:
+        for style, (phase, own) in zip(({"mfc": "white"}, {}), frame.groupby("phase", sort=False), strict=False):
+            label = f"{phase}: {own.tokens.iloc[0]} tokens, {own.prompts.iloc[0]} prompts"
+            ax.plot(own.layer, own.entropy, marker="o", ms=4, lw=1.2, color=look.INK, label=label, **style)
+            ax.fill_between(own.layer, own.low, own.high, color=look.EDGE, alpha=0.4, lw=0)
+        ax.axhline(frame.most.iloc[0], color=look.LABEL, linestyle=":", linewidth=1)
+        ax.set_ylim(0, frame.most.iloc[0] * 1.05)
+        ax.set_xlabel("layer")
+        ax.set_ylabel("entropy (bits)")
+        ax.set_title("Routing entropy")
+        ax.legend(loc="lower left")
+    return ax
+
+
+def coactivation(source: "Source | pd.DataFrame", layer: int, ax: "Axes | None" = None) -> "Axes":
+    """Expert by expert at one layer: log2 of how much oftener two are chosen together than independence says.
+
+    Takes what `analysis.coactivation` takes (its phases are then joined), or its table. A dot: the 95 % interval
+    excludes 1.
+    """
+    frame = source if isinstance(source, pd.DataFrame) else routing_analysis.coactivation(source, phase="all")
+    own = _of_layer(frame, layer)
+    size = int(own.other.max()) + 1
+    grid, sure = np.full((size, size), np.nan), np.zeros((size, size), bool)
+    with np.errstate(divide="ignore"):
+        value = np.log2(own.lift.to_numpy())
+    for a, b in ((own.expert, own.other), (own.other, own.expert)):
+        grid[a, b] = value
+        sure[a, b] = (own.low > 1) | (own.high < 1)
+    return _lift_grid(grid, sure, ax, own, f"Chosen together, layer {layer}", "expert", "expert")
+
+
+def transitions(source: "Source | pd.DataFrame", layer: int, ax: "Axes | None" = None) -> "Axes":
+    """From the experts of a layer to those of the next: log2 of lift; dots as in `coactivation`."""
+    frame = source if isinstance(source, pd.DataFrame) else routing_analysis.transitions(source, phase="all")
+    own = _of_layer(frame, layer)
+    shape = own.expert.nunique(), own.next.nunique()
+    with np.errstate(divide="ignore"):
+        grid = np.log2(own.lift.to_numpy()).reshape(shape)
+    sure = ((own.low > 1) | (own.high < 1)).to_numpy().reshape(shape)
+    after = int(own.next_layer.iloc[0])
+    return _lift_grid(grid, sure, ax, own, f"Layer {layer} to {after}", f"expert at {after}", f"expert at {layer}")
+
+
+def attention(trace: Trace, layer: int, head: int | None = None, ax: "Axes | None" = None) -> "Axes":
+    """One head, row reads column, or (head=None) a sheet of all heads of the layer. Colour is the square root.
+
+    Needs "attn_pattern", or q and k (`capture("attn_pattern", later=True)`).
+    """
+    ((_, numbers, positions, pattern),) = attention_analysis.patterns(trace, layer)
+    if head is not None and head not in numbers:
+        raise KeyError(f"head {head} of layer {layer} was not kept; kept are {list(numbers)}")
+    boundary = (np.asarray(positions) < trace.prompt_length).sum() - 0.5
+    with _styled(ax, *((3.5, 3.5) if head is not None else (7.2, 1.1 + 1.05 * -(-len(numbers) // 8)))) as ax:
+        if head is not None:
+            image = np.sqrt(pattern[list(numbers).index(head)])
+            ax.imshow(_masked(image, positions), cmap=SEQUENTIAL, vmin=0, vmax=1)
+            if trace.prompt_length < len(trace):
+                for line in (ax.axvline, ax.axhline):
+                    line(boundary, color=look.EDGE, linestyle=(0, (2, 1.5)), linewidth=0.8)
+            if len(trace) <= 40:
+                ax.set_xticks(range(len(trace)), [look.piece_label(p) for p in trace.pieces], rotation=90, fontsize=6)
+                ax.set_yticks(range(len(positions)), [look.piece_label(trace.pieces[i]) for i in positions], fontsize=6)
+            ax.set_title(f"Head {layer}.{head}: row reads column (square root)")
+            return ax
+        ax.set_axis_off()
+        columns = min(8, len(numbers))
+        rows = -(-len(numbers) // columns)
+        for i, number in enumerate(numbers):
+            row, column = divmod(i, columns)
+            inner = ax.inset_axes((column / columns, 1 - (row + 1) / rows, 0.9 / columns, 0.82 / rows))
+            inner.imshow(_masked(np.sqrt(pattern[i]), positions), cmap=SEQUENTIAL, vmin=0, vmax=1)
+            inner.set_xticks([])
+            inner.set_yticks([])
+            inner.set_title(str(number), fontsize=7, pad=2)
+        ax.set_title(f"Heads of layer {layer}, {len(trace)} positions; colour: square root", pad=14)
+    return ax
+
+
+def token_strip(trace: Trace, layer: int = 0, ax: "Axes | None" = None) -> "Axes":
+    """The text, each token on the colour of its first expert at a layer, strength = gate; underlined: generated."""
+    experts, gates = trace["expert_index", layer][..., 0], trace["expert_gate", layer][..., 0]
+    per_line, lines = 88, [[]]
+    for i, piece in enumerate(trace.pieces):
+        label = look.piece_label(piece)
+        if sum(len(label) for _, label in lines[-1]) + len(label) > per_line:
+            lines.append([])
+        lines[-1].append((i, label))
+        if piece.endswith("\n"):
+            lines.append([])
+    with _styled(ax, 7.2, 0.5 + 0.2 * len(lines)) as ax:
+        ax.set_axis_off()
+        ax.set_xlim(0, per_line)
+        ax.set_ylim(len(lines), -0.1)
+        for row, line in enumerate(lines):
+            x = 0
+            for i, label in line:
+                tone = np.array(to_rgb(look.expert_color(experts[i]))) * (w := 0.7 * look.gate_weight(gates[i])) + 1 - w
+                ax.add_patch(Rectangle((x, row + 0.08), len(label), 0.84, facecolor=tone, linewidth=0))
+                ax.text(x, row + 0.52, label, family="monospace", fontsize=6.6, va="center", color=look.INK)
+                if i >= trace.prompt_length:
+                    ax.plot((x, x + len(label)), (row + 0.92,) * 2, color=look.INK, linewidth=0.6)
+                x += len(label)
+        ax.set_title(f"First expert at layer {layer}; underlined: generated")
+    return ax
+
+
+def logit_lens(trace: Trace, tap: str = "resid_post", ax: "Axes | None" = None) -> "Axes":
+    """Layer by position: the token the stream would predict, shaded by its probability. Needs a captured lens."""
+    frame = lens_table(trace, tap).query("best == 0")
+    layers, positions = np.unique(frame.layer), np.unique(frame.position)
+    probs = np.exp(frame.logprob.to_numpy()).reshape(len(layers), len(positions))
+    words = frame.word.to_numpy().reshape(probs.shape)
+    ranks = frame["rank"].to_numpy().reshape(probs.shape)
+    with _styled(ax, float(np.clip(1.2 + 0.42 * len(positions), 3.5, 11)), 0.9 + 0.22 * len(layers)) as ax:
+        ax.imshow(probs, cmap=SEQUENTIAL, vmin=0, vmax=1)
+        if len(positions) <= 32:
+            for row, column in np.ndindex(probs.shape):
+                label = look.piece_label(words[row, column])[:7]
+                color = look.ink_on(to_hex(SEQUENTIAL(probs[row, column])))
+                weight = "bold" if ranks[row, column] == 0 else "normal"
+                ax.text(column, row, label, ha="center", va="center", fontsize=6, color=color, weight=weight)
+            ax.set_xticks(range(len(positions)), [look.piece_label(trace.pieces[i]) for i in positions], rotation=90)
+        _layer_ticks(ax, list(layers))
+        ax.set_ylabel("layer")
+        ax.set_title("Lens: best next token after each layer, shade = probability; bold: it followed", fontsize=8)
+    return ax
+
+
+def compare(comparison: Comparison, ax: "Axes | None" = None) -> "Axes":
+    """Layer by aligned token: how far the router's probabilities of two runs are apart (0 alike, 1 nothing in common).
+
+    The line is where the texts part.
+    """
+    if not comparison.layers:
+        raise ValueError("nothing to draw: both runs need routing of the same layers at all positions")
+    count = comparison.routing.shape[1]
+    with _styled(ax, 7.2, float(np.clip(1.2 + 0.15 * len(comparison.layers), 2.2, 5.2))) as ax:
+        image = ax.imshow(comparison.routing, cmap=SEQUENTIAL, vmin=0, vmax=1)
+        _layer_ticks(ax, comparison.layers)
+        if comparison.divergence is not None:
+            at = int((comparison.pairs.max(1) < comparison.divergence).sum()) - 0.5
+            ax.axvline(at, color=look.INK, linestyle=(0, (2, 1.5)), linewidth=1)
+        if count <= 48:
+            labels = [look.piece_label(comparison.a.pieces[i]) for i, _ in comparison.pairs]
+            ax.set_xticks(range(count), labels, rotation=90, fontsize=6.5)
+        ax.set_ylabel("layer")
+        ax.set_title(f"Routing distance of two runs, {count} aligned tokens; dashed: texts part")
+        ax.figure.colorbar(image, ax=ax, pad=0.01, fraction=0.03).outline.set_visible(False)
+    return ax
+
+
+def _masked(image: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Keys that a row cannot see left white."""
+    hidden = np.arange(image.shape[-1]) > np.asarray(positions)[:, None]
+    return np.ma.masked_array(image, hidden)
+
+
+def _of_layer(frame: pd.DataFrame, layer: int) -> pd.DataFrame:
+    """Rows of one layer and of one phase."""
+    if layer not in set(frame.layer):
+        raise KeyError(f"layer {layer} is not in the table; it has {sorted(set(frame.layer))}")
+    own = frame[frame.layer == layer]
+    if own.phase.nunique() > 1:
+        raise ValueError(f"the table has phases {', '.join(own.phase.unique())}; give one, or phase='all'")
+    return own
+
+
+def _lift_grid(grid, sure, ax, own: pd.DataFrame, title: str, across: str, down: str) -> "Axes":
+    with _styled(ax, 3.8, 3.4) as ax:
+        image = ax.imshow(np.clip(grid, -3, 3), cmap=DIVERGING, vmin=-3, vmax=3)
+        rows, columns = np.nonzero(sure)
+        for row, column in zip(rows, columns, strict=True):
+            color = look.ink_on(to_hex(DIVERGING((np.clip(grid[row, column], -3, 3) + 3) / 6)))
+            ax.plot(column, row, "o", ms=2, color=color)
+        ax.set_xticks(range(grid.shape[1]))
+        ax.set_yticks(range(grid.shape[0]))
+        ax.set_xlabel(across)
+        ax.set_ylabel(down)
+        ax.set_title(f"{title}: {own.tokens.iloc[0]} tokens, {own.prompts.iloc[0]} prompts")
+        bar = ax.figure.colorbar(image, ax=ax, pad=0.02, fraction=0.045)
+        bar.set_ticks([-3, 0, 3], labels=["1/8", "1", "8 x"])
         bar.outline.set_visible(False)
     return ax
 

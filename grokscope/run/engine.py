@@ -551,6 +551,10 @@ class Grok:
         }
         dims, numbers = _axes(run.hooks, job)
         taps, job.captures = job.captures, {}
+        lenses = [taps[k.key] for k in call.hooks.kept if k.reduce == "lens" and k.key in taps]
+        if lenses and self.tokenizer is not None:
+            guessed = np.unique(np.concatenate([best.ravel() for best in lenses]))
+            meta["words"] = {str(i): self.tokenizer.pieces[i] for i in guessed}
         return Trace(
             tokens=tokens,
             pieces=pieces,

@@ -51,7 +51,8 @@ class Trace:
       dims: {name: letters of its axes}, "L" in front for taps of a layer.
       numbers: {name: {letter: what its axis numbers}} where an axis does not simply count: layers, and selected heads,
         experts and positions ("T" of what was reduced over positions: those it is over).
-      meta: checkpoint, config, numerics, sampling, edits, versions, finish, prompt (index among those of the call).
+      meta: checkpoint, config, numerics, sampling, edits, versions, finish, prompt (index among those of the call);
+        with a lens "words", {id: piece} of what it guessed.
     """
 
     tokens: np.ndarray
