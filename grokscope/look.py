@@ -1,4 +1,7 @@
-"""The look: colours and number formats that plots, widgets and terminal share. Imports nothing."""
+"""The look: colours, number formats and HTML that plots, widgets and terminal share. Imports nothing of ours."""
+
+import html
+from collections.abc import Iterable, Sequence
 
 EXPERT = ("#1898e9", "#f1aa22", "#364eac", "#49e0a6", "#9b2b06", "#cab8fe", "#7c8708", "#d45d91")
 """Experts 0 to 7, light theme. Found by search: the least distance of any two (OKLab x 100; normal, protan, deutan,
@@ -42,3 +45,24 @@ def si(n: float, unit: str = "") -> str:
 def piece_label(piece: str) -> str:
     """A piece outside running text: a leading space shows as a dot, newlines as arrows, because they are part of it."""
     return piece.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
+
+
+def facts_html(title: str, facts: dict[str, str]) -> str:
+    """A small table: what something is, fact by fact."""
+    cell = 'style="text-align:left;padding:1px 12px 1px 0;border:0;background:none"'
+    rows = "".join(
+        f"<tr><td {cell}>{html.escape(k)}</td><td {cell}>{html.escape(v)}</td></tr>" for k, v in facts.items()
+    )
+    return f"<div><b>{html.escape(title)}</b><table style='font-variant-numeric:tabular-nums'>{rows}</table></div>"
+
+
+def tokens_html(pieces: Iterable[str], colors: Sequence[str | None], titles: Sequence[str], boundary: int) -> str:
+    """A text, each piece on a tint of its colour over a foot of it; a bar at `boundary`, where decode begins."""
+    parts = []
+    for i, (piece, color, title) in enumerate(zip(pieces, colors, titles, strict=True)):
+        bar = '<span style="border-left:2px solid;margin:0 3px"></span>' if i == boundary else ""
+        tint = f"background:{color}40;box-shadow:inset 0 -3px {color}" if color else ""
+        shown = html.escape(piece).replace("\n", "⏎<br>")
+        parts.append(f'{bar}<span title="{html.escape(title)}" style="{tint}">{shown}</span>')
+    style = "font:13px/26px var(--jp-code-font-family,monospace);white-space:pre-wrap"
+    return f'<div style="{style}">{"".join(parts)}</div>'

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from grokscope import look
 from grokscope.run.trace import ROUTING, Trace
 
 if TYPE_CHECKING:
@@ -79,25 +80,29 @@ class Comparison:
         frame[["position_a", "position_b"]] = frame[["position_a", "position_b"]].fillna(-1).astype(int)
         return frame
 
+    def _repr_html_(self) -> str:
+        """Both texts, what they do not share on the colours of A and B."""
+        strips = []
+        for side, (trace, color) in enumerate(((self.a, look.DIVERGING[1]), (self.b, look.DIVERGING[5]))):
+            shared = set(self.pairs[:, side].tolist())
+            colors = [None if i in shared else color for i in range(len(trace))]
+            titles = [f"position {i}, log p {p:.2f} nats" for i, p in enumerate(trace.logprobs)]
+            strips.append(f"<b>{'AB'[side]}</b>" + look.tokens_html(trace.pieces, colors, titles, trace.prompt_length))
+        return "".join(strips) + look.facts_html("Comparison", self._facts())
+
+    def _facts(self) -> dict[str, str]:
+        at = self.divergence
+        parts = "nowhere" if at is None else f"at position {at} ({_piece(self.a, at)!r}, {_piece(self.b, at)!r})"
+        facts = {"texts part": parts, "aligned": f"{len(self.pairs)} tokens"}
+        if self.layers and len(self.pairs):
+            facts["routing differs"] = f"by {self.routing.mean():.3f}"
+            facts["other experts"] = f"at {self.swapped.mean():.1%} of {self.swapped.size} choices"
+        if self.divergence_nats is not None and len(self.pairs):
+            facts["KL"] = f"{self.divergence_nats.mean():.3g} nats a token"
+        return facts
+
     def __repr__(self) -> str:
-        where = (
-            f"same {len(self.a)} tokens"
-            if self.divergence is None
-            else f"texts part at position {self.divergence} ({_piece(self.a, self.divergence)!r}, "
-            f"{_piece(self.b, self.divergence)!r})"
-        )
-        routing = (
-            f"; routing differs by {self.routing.mean():.3f}, other experts at {self.swapped.mean():.1%} of "
-            f"{self.swapped.size} choices"
-            if self.layers and len(self.pairs)
-            else ""
-        )
-        kl = (
-            f"; KL {self.divergence_nats.mean():.3g} nats a token"
-            if self.divergence_nats is not None and len(self.pairs)
-            else ""
-        )
-        return f"Comparison({where}; {len(self.pairs)} aligned{routing}{kl})"
+        return f"Comparison({'; '.join(f'{name} {value}' for name, value in self._facts().items())})"
 
 
 def compare(a: Trace, b: Trace) -> Comparison:

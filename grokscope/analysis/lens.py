@@ -24,8 +24,8 @@ ATTRIBUTION = (
 def lens(source: Source, tap: str = "resid_post") -> pd.DataFrame:
     """What the stream would predict if the model ended there, at every captured layer and position.
 
-    Columns: prompt, layer (of taps that have one), position, piece, phase, best (0 is the likeliest), token and word (what
-    it guesses, and its piece), logprob (nats), rank (of the token that followed; 0 is best, -1 where none did).
+    Columns: prompt, layer (of taps that have one), position, piece, phase, best (0 is the likeliest), token and word
+    (its guess), logprob (nats), rank (of the token that followed; 0 is best, -1 where none did).
     """
     frames = []
     for trace in sequences(source):

@@ -307,7 +307,7 @@ def _of_layer(frame: pd.DataFrame, layer: int) -> pd.DataFrame:
     """Rows of one layer and of one phase."""
     if layer not in set(frame.layer):
         raise KeyError(f"layer {layer} is not in the table; it has {sorted(set(frame.layer))}")
-    own = frame[frame.layer == layer]
+    own = frame.query("layer == @layer")
     if own.phase.nunique() > 1:
         raise ValueError(f"the table has phases {', '.join(own.phase.unique())}; give one, or phase='all'")
     return own

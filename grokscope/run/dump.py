@@ -365,6 +365,12 @@ class Dump:
             raise ValueError(f"{path} is missing or was changed since it was written: expected {entry['bytes']} bytes")
         return path
 
+    def _repr_html_(self) -> str:
+        capture = {name: f"{t['dtype']} [{' '.join(t['dims'])}]" for name, t in self.taps.items()}
+        facts = {"folder": str(self.directory), "prompts": f"{len(self)} of {self.num_prompts}"}
+        facts |= {"parts": str(len(self._parts)), "size": look.si(self.nbytes, "B")} | capture
+        return look.facts_html("Dump", facts)
+
     def __repr__(self) -> str:
         size = look.si(self.nbytes, "B")
         return f"Dump({self.directory}: {len(self)} of {self.num_prompts} prompts, {len(self._parts)} parts, {size})"

@@ -379,18 +379,26 @@ class Grok:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def __repr__(self) -> str:
+    def _facts(self) -> dict[str, str]:
         c = self.config
-        size = f"{look.si(c.num_parameters)} parameters, {look.si(c.num_active_parameters)} active"
-        shape = f"{c.num_layers} layers, D {c.emb_size}, {c.num_q_heads}/{c.num_kv_heads} heads"
-        experts = f"{c.num_experts} experts top {c.num_selected_experts}"
-        name = self.name
+        facts = {
+            "size": f"{look.si(c.num_parameters)} parameters, {look.si(c.num_active_parameters)} active",
+            "layers": f"{c.num_layers} layers, D {c.emb_size}, {c.num_q_heads}/{c.num_kv_heads} heads",
+            "experts": f"{c.num_experts} experts top {c.num_selected_experts}",
+            "context": f"context {c.sequence_len}",
+        }
         if self._weights is None:
-            return f"Grok({name}, closed)"
-        placed = (
-            f"{self.numerics}, {self._form} weights {look.si(self._weights.nbytes, 'B')} on {jax.default_backend()}"
-        )
-        return f"Grok({name}: {size}; {shape}, {experts}; context {c.sequence_len}; {placed})"
+            return facts | {"weights": "closed"}
+        size = look.si(self._weights.nbytes, "B")
+        return facts | {"weights": f"{self.numerics}, {self._form} weights {size} on {jax.default_backend()}"}
+
+    def _repr_html_(self) -> str:
+        return look.facts_html(f"Grok({self.name})", self._facts())
+
+    def __repr__(self) -> str:
+        if self._weights is None:
+            return f"Grok({self.name}, closed)"
+        return f"Grok({self.name}: {'; '.join(self._facts().values())})"
 
     # Running
 

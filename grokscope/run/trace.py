@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from grokscope import look
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -211,6 +213,29 @@ class Trace:
         from grokscope.run import dump
 
         return dump.save(self, directory)
+
+    def _repr_html_(self) -> str:
+        """The text, each token on the colour of its first expert at the middle layer that was kept; hover for numbers."""
+        colors, titles, where = [None] * len(self), [f"{i}" for i in range(len(self))], ""
+        if "router" in self.tables and "T" not in self.numbers["expert_index"]:
+            layer = self.layers["expert_index"][len(self.layers["expert_index"]) // 2]
+            experts, gates = self["expert_index", layer], self["expert_gate", layer]
+            colors = [look.expert_color(e) for e in experts[:, 0]]
+            titles = [
+                f"position {i}, layer {layer}: "
+                + ", ".join(f"expert {e} gate {g:.2f}" for e, g in zip(*own, strict=True))
+                for i, own in enumerate(zip(experts, gates, strict=True))
+            ]
+            where = f"first expert at layer {layer}"
+        titles = [f"{t}, log p {p:.2f} nats" for t, p in zip(titles, self.logprobs, strict=True)]
+        facts = {
+            "tokens": f"{self.prompt_length} prefill + {len(self) - self.prompt_length} decode",
+            "finish": self.meta["finish"],
+            "log p": f"{np.nanmean(self.logprobs[1:]):.2f} nats a token" if len(self) > 1 else "–",
+            "taps": ", ".join(self.taps) or "none",
+        } | ({"colour": where} if where else {})
+        strip = look.tokens_html(self.pieces, colors, titles, self.prompt_length)
+        return strip + look.facts_html("Trace", facts)
 
     def __repr__(self) -> str:
         text = self.text if len(self.text) <= 60 else self.text[:57] + "..."
