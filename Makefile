@@ -1,9 +1,9 @@
-# make demo | test | lab | format. Each sets up what it needs in .venv first; PYTHON names the interpreter.
+# make demo | test | lab | notebooks | format. Each sets up what it needs in .venv first; PYTHON names the interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo lab test format
+.PHONY: demo lab test notebooks format
 .DEFAULT_GOAL := demo
 
 $(VENV)/core: pyproject.toml
@@ -21,6 +21,9 @@ demo: $(VENV)/core
 
 lab: $(VENV)/core
 	$(BIN)/jupyter lab --ServerApp.root_dir=notebooks
+
+notebooks: $(VENV)/core  # executed, as HTML, in out/notebooks
+	$(BIN)/jupyter nbconvert --execute --to html --output-dir out/notebooks notebooks/*.ipynb
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -m "not slow"

@@ -215,7 +215,7 @@ class Trace:
         return dump.save(self, directory)
 
     def _repr_html_(self) -> str:
-        """The text, each token on the colour of its first expert at the middle layer that was kept; hover for numbers."""
+        """The text, each token on the colour of its first expert at the middle kept layer; hover for numbers."""
         colors, titles, where = [None] * len(self), [f"{i}" for i in range(len(self))], ""
         if "router" in self.tables and "T" not in self.numbers["expert_index"]:
             layer = self.layers["expert_index"][len(self.layers["expert_index"]) // 2]

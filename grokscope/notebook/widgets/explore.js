@@ -1027,7 +1027,7 @@ function render({ model, el }) {
       if (x(t) < x(fd) - 16 || x(t) > x(fd) + 44)
         label(g, String(t), (x(t) + x(t + 1)) / 2, top - 10, "center", K.ink2);
     const ky = top + L * rh + 8;
-    label(g, "distance", gut - 8, ky + 8, "right", K.ink);
+    label(g, "apart", gut - 8, ky + 8, "right", K.ink);
     label(g, "0–1, mean", gut - 8, ky + 22, "right", K.ink2, 10);
     g.fillStyle = K.line;
     g.fillRect(gut, ky + kh, mw, 1);
