@@ -1671,8 +1671,11 @@ function render({ model, el }) {
       inspector();
     },
     run(m, [z, tokens, logprob, rank]) {
-      const old = runs.get(m.run),
-        run = fresh(m, f32(z));
+      const old = runs.get(m.run);
+      if (!z.byteLength && (!old || old.n !== m.pieces.length)) return model.send({ kind: "whole", run: m.run });
+      const run = z.byteLength
+        ? fresh(m, f32(z))
+        : Object.assign(old, { tok: m.pieces, ids: m.ids, lp: m.logprobs, att: new Map() });
       run.done = true;
       run.seconds = m.seconds;
       run.finish = m.finish;

@@ -144,6 +144,10 @@ class Explore(anywidget.AnyWidget):
             [zlib.compress(packed.tobytes(), 1)],
         )
 
+    def _on_whole(self, run: int) -> None:
+        found = next(one for one in self._runs if one.id == run)
+        self._show(found, self._trace(run))
+
     def _on_price(self, run: int) -> None:
         trace = self._trace(run)
         plan = self._grok.plan([trace.tokens], capture=list(EXPORTED))
@@ -201,7 +205,7 @@ class Explore(anywidget.AnyWidget):
         flush()
         run.trace = trace
         self._runs = [*self._runs, run][-RUNS:]
-        self._show(run, trace)
+        self._show(run, trace, known=True)
 
     def _export(self, run: _Run, taps: list[str], directory: str) -> None:
         try:
@@ -224,13 +228,14 @@ class Explore(anywidget.AnyWidget):
             "finish": trace and trace.meta["finish"], "seconds": run.seconds, "max": run.options["max"],
         }  # fmt: skip
 
-    def _show(self, run: _Run, trace: Trace) -> None:
+    def _show(self, run: _Run, trace: Trace, *, known: bool = False) -> None:
+        """A run that is done. `known`: the page has its routing from the stream; if not, it asks (`_on_whole`)."""
         best, logprob, rank = (trace[f"resid_post.lens{end}"] for end in ("", "_logprob", "_rank"))
         words = {int(i): self._piece(int(i)) for i in np.unique(best)}
         self.send(
             {"kind": "run", **self._head(run, trace.tokens, trace), "lens_layers": self._lens_layers, "best": BEST,
              "words": words},
-            [np.ascontiguousarray(a).tobytes() for a in (trace["router_logits"], best, logprob, rank)],
+            [np.ascontiguousarray(a).tobytes() for a in (trace["router_logits"][:, : 0 if known else None], best, logprob, rank)],
         )  # fmt: skip
 
     def _piece(self, token: int) -> str:
