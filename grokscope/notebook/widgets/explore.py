@@ -232,10 +232,11 @@ class Explore(anywidget.AnyWidget):
         """A run that is done. `known`: the page has its routing from the stream; if not, it asks (`_on_whole`)."""
         best, logprob, rank = (trace[f"resid_post.lens{end}"] for end in ("", "_logprob", "_rank"))
         words = {int(i): self._piece(int(i)) for i in np.unique(best)}
+        logits = trace["router_logits"][:, : 0 if known else None]
         self.send(
             {"kind": "run", **self._head(run, trace.tokens, trace), "lens_layers": self._lens_layers, "best": BEST,
              "words": words},
-            [np.ascontiguousarray(a).tobytes() for a in (trace["router_logits"][:, : 0 if known else None], best, logprob, rank)],
+            [np.ascontiguousarray(a).tobytes() for a in (logits, best, logprob, rank)],
         )  # fmt: skip
 
     def _piece(self, token: int) -> str:
