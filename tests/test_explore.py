@@ -131,6 +131,30 @@ def test_in_the_browser(lab_url):
 
 
 @pytest.mark.slow
+def test_a_view_in_the_browser(tmp_path):
+    """Traces from disk without a model, in panes of choice; a click works as in the explorer."""
+    lab.needs_chromium()
+    cells = [
+        "import grokscope as gs\ngrok = gs.load()\nkeep = ['router_logits', gs.capture('attn_pattern', later=True)]",
+        "a, b = grok.generate(['The old keeper', 'The old house'], 12, capture=keep)\na.save('a')",
+        "gs.view(gs.open('a'))",
+        "gs.view(a, b, panes=['routing', 'compare'])",
+    ]
+    lab.write_notebook(tmp_path / "view.ipynb", *cells)
+    with lab.server(tmp_path) as url, lab.page() as page:
+        lab.run_all(page, url("view.ipynb"))
+        page.wait_for_function("() => document.querySelectorAll('.gs .tok').length > 10")
+        page.click(".gs .tok >> nth=3")
+        assert page.inner_text(".gs #o-t >> nth=0") == "3"
+        page.wait_for_function("() => document.querySelectorAll('.gs #t-r tr').length >= 3")
+        assert not page.locator(".gs #prompt >> nth=0").is_visible()
+        second = page.locator(".gs >> nth=1")
+        assert "First divergence" in second.locator("#ckey").inner_text()
+        assert not second.locator("#strip").is_visible()
+        assert page.errors == []
+
+
+@pytest.mark.slow
 def test_a_session_in_the_browser(lab_url, tmp_path):
     """Prompt, stop, layers, heatmap, heads, an edit, compare, export, and the page loaded again."""
     with lab.page() as page:
@@ -201,3 +225,12 @@ def test_runs_that_are_forgotten(app, monkeypatch):
     for _ in range(3):
         generated(app, max=2)
     assert len(app.runs) == 2
+
+
+def test_views_that_cannot_be(grok, app):
+    with pytest.raises(ValueError, match="lacks routing"):
+        gs.view(grok.trace([1, 2], capture=()))
+    with pytest.raises(ValueError, match="no pane 'map'"):
+        gs.view(grok.trace([1, 2]), panes=["map"])
+    with pytest.raises(TypeError, match="view takes Traces"):
+        gs.view("text")

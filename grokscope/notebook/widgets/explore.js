@@ -169,7 +169,7 @@ function render({ model, el }) {
   function attn(l, h) {
     const maps = V.att.get(l);
     if (maps && maps !== "asked") return maps[h];
-    if (V.done && !maps) {
+    if (V.done && !maps && M0.panes.includes("attn")) {
       V.att.set(l, "asked");
       model.send({ kind: "attention", run: V.id, layer: l });
     }
@@ -1153,7 +1153,7 @@ function render({ model, el }) {
         .join("") || '<tr><td class="dim">No runs yet</td></tr>';
   }
   function taps() {
-    if (V.done && !V.bytes) {
+    if (V.done && !V.bytes && M0.panes.includes("export")) {
       V.bytes = {};
       model.send({ kind: "price", run: V.id });
     }
@@ -1613,6 +1613,9 @@ function render({ model, el }) {
 
   const on = {
     model(m) {
+      for (const pane of ["prompt", "edits", "runs", "export", "text", "rout", "attn", "insp", "cmp"])
+        $("#" + pane).hidden = !m.panes.includes(pane);
+      root.classList.toggle("only", !m.panes.includes("prompt"));
       M0 = m;
       L = m.layers;
       E = m.experts;
@@ -1634,7 +1637,7 @@ function render({ model, el }) {
       choices();
       palette();
       all();
-      model.send({ kind: "count", text: d.prompt });
+      if (m.panes.includes("prompt")) model.send({ kind: "count", text: d.prompt });
     },
     count(m) {
       $("#ptok").textContent = m.pieces.length + m.bos + " tokens";
@@ -1680,14 +1683,15 @@ function render({ model, el }) {
       run.seconds = m.seconds;
       run.finish = m.finish;
       run.T = run.n;
-      run.lens = {
-        layers: m.lens_layers,
-        best: m.best,
-        words: m.words,
-        tokens: i32(tokens),
-        logprob: f32(logprob),
-        rank: i32(rank),
-      };
+      if (m.lens_layers.length)
+        run.lens = {
+          layers: m.lens_layers,
+          best: m.best,
+          words: m.words,
+          tokens: i32(tokens),
+          logprob: f32(logprob),
+          rank: i32(rank),
+        };
       runs.set(run.id, run);
       for (const id of [...runs.keys()].filter((id) => runs.get(id).done).slice(0, -12)) runs.delete(id);
       if (V === old || !V.n || !V.done) use(run);

@@ -9,6 +9,7 @@ import dataclasses
 import threading
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import numpy as np
 import traitlets
 
 from grokscope import look
-from grokscope.analysis.attention import targets
+from grokscope.analysis.attention import patterns, targets
+from grokscope.config import GrokConfig
 from grokscope.model.taps import TAPS
 from grokscope.run import edits as edits_module
 from grokscope.run.captures import capture
@@ -34,6 +36,11 @@ EXAMPLES = {
     "Python": "def area(width, height):\n    return width * height\n\ndef volume(",
     "German": "Der alte Mann ging jeden Morgen an das Meer und",
 }
+PANES = {
+    "prompt": "prompt", "edits": "edits", "runs": "runs", "export": "export", "text": "text", "routing": "rout",
+    "attention": "attn", "token": "insp", "compare": "cmp",
+}  # fmt: skip
+"""Panes of the page by name, and their ids there."""
 EXPORTED = ("router_logits", "expert_gate", "resid_post", "attn_pattern", "logits")
 
 
@@ -50,32 +57,23 @@ class _Run:
     seconds: float = 0.0
 
 
-class Explore(anywidget.AnyWidget):
-    """The app. `runs` are the Traces made in it, the newest last, and `trace` is the newest."""
+class Page(anywidget.AnyWidget):
+    """The kernel side of explore.js as far as runs that are done are concerned. `panes`: those that are shown."""
 
     _esm = Path(__file__).with_name("explore.js")
     _css = Path(__file__).with_name("explore.css")
     draft = traitlets.Dict().tag(sync=True)  # what the fields hold, so that a page that is loaded again has it
 
-    def __init__(self, grok: Grok, prompt: str = EXAMPLES["Story"]):
-        super().__init__(draft={"prompt": prompt, "max": 40, "top_p": 0.95, "temperature": 0.8, "seed": 7, "edits": []})
-        self._grok = grok
-        self._runs: list[_Run] = []
-        self._number = 0
-        self._stop = threading.Event()
-        self._worker: threading.Thread | None = None
-        layers = grok.config.num_layers
-        self._lens_layers = list(range(layers)) if layers <= 16 else [*range(7, layers, 8)]
+    def __init__(self, runs: list[_Run], panes: tuple[str, ...] = tuple(PANES), **draft):
+        super().__init__(draft=draft)
+        self._runs = runs
+        self._panes = panes
         self.on_msg(self._receive)
 
     @property
     def runs(self) -> list[Trace]:
+        """The Traces that are shown, the newest last."""
         return [run.trace for run in self._runs if run.trace is not None]
-
-    @property
-    def trace(self) -> Trace:
-        """Raises IndexError before the first run."""
-        return self.runs[-1]
 
     # Messages of the page
 
@@ -92,23 +90,79 @@ class Explore(anywidget.AnyWidget):
 
     def _on_hello(self) -> None:
         """A page has come: what it shows, from the beginning."""
-        c = self._grok.config
-        self.send(
-            {
-                "kind": "model", "name": self._grok.name, "layers": c.num_layers, "experts": c.num_experts,
-                "heads": c.num_q_heads, "kv_heads": c.num_kv_heads, "chosen": c.num_selected_experts,
-                "numerics": self._grok.numerics, "examples": EXAMPLES,
-                "facts": [
-                    f"{look.si(c.num_parameters)} parameters, {look.si(c.num_active_parameters)} active",
-                    f"{c.num_layers} layers, {c.num_experts} experts, {c.num_q_heads} heads",
-                ],
-                "running": bool(self._worker and self._worker.is_alive()),
-                "taps": {name: " ".join(TAPS[name].dims) for name in EXPORTED},
-            }
-        )  # fmt: skip
+        self.send({"kind": "model", "panes": [PANES[pane] for pane in self._panes], **self._facts()})
         for run in self._runs:
             if run.trace is not None:
                 self._show(run, run.trace)
+
+    def _facts(self) -> dict[str, Any]:
+        meta = self.runs[0].meta
+        return _shape(GrokConfig(**meta["config"]), meta["checkpoint"]["name"], meta["numerics"])
+
+    def _on_attention(self, run: int, layer: int) -> None:
+        """All heads of a layer: square roots as bytes, rows of the triangle one after the other, packed."""
+        trace = self._trace(run)
+        ((_, _, _, pattern),) = patterns(trace, layer)
+        rows, columns = np.tril_indices(len(trace))
+        packed = np.rint(255 * np.sqrt(pattern[:, rows, columns])).astype(np.uint8)
+        self.send(
+            {"kind": "attention", "run": run, "layer": layer, "labels": _labels(pattern, trace)},
+            [zlib.compress(packed.tobytes(), 1)],
+        )
+
+    def _on_whole(self, run: int) -> None:
+        found = next(one for one in self._runs if one.id == run)
+        self._show(found, self._trace(run))
+
+    # What is sent of a run
+
+    def _head(self, run: _Run, trace: Trace) -> dict[str, Any]:
+        return {
+            "run": run.id, "name": run.name, "prompt_length": trace.prompt_length, "total": len(trace),
+            "ids": trace.tokens.tolist(), "pieces": trace.pieces,
+            "logprobs": np.nan_to_num(trace.logprobs).round(4).tolist(), "finish": trace.meta["finish"],
+            "seconds": run.seconds, "max": run.options.get("max", 0),
+        }  # fmt: skip
+
+    def _show(self, run: _Run, trace: Trace, *, known: bool = False) -> None:
+        """A run that is done. `known`: the page has its routing from the stream; if not, it asks (`_on_whole`)."""
+        best, logprob, rank = (
+            trace.taps.get(f"resid_post.lens{end}", np.zeros(0)) for end in ("", "_logprob", "_rank")
+        )
+        logits = trace["router_logits"][:, : 0 if known else None]
+        self.send(
+            {"kind": "run", **self._head(run, trace), "lens_layers": trace.layers.get("resid_post.lens", []),
+             "best": best.shape[-1],              "words": trace.meta.get("words", {})},
+            [np.ascontiguousarray(a).tobytes() for a in (logits, best, logprob, rank)],
+        )  # fmt: skip
+
+    def _trace(self, run: int) -> Trace:
+        for one in self._runs:
+            if one.id == run and one.trace is not None:
+                return one.trace
+        raise KeyError(f"run {run} was forgotten: the last {RUNS} are kept; generate it again")
+
+
+class Explore(Page):
+    """The app. `runs` are the Traces made in it, the newest last, and `trace` is the newest."""
+
+    def __init__(self, grok: Grok, prompt: str = EXAMPLES["Story"]):
+        super().__init__([], prompt=prompt, max=40, top_p=0.95, temperature=0.8, seed=7, edits=[])
+        self._grok = grok
+        self._number = 0
+        self._stop = threading.Event()
+        self._worker: threading.Thread | None = None
+        layers = grok.config.num_layers
+        self._lens_layers = list(range(layers)) if layers <= 16 else [*range(7, layers, 8)]
+
+    @property
+    def trace(self) -> Trace:
+        """Raises IndexError before the first run."""
+        return self.runs[-1]
+
+    def _facts(self) -> dict[str, Any]:
+        running = bool(self._worker and self._worker.is_alive())
+        return _shape(self._grok.config, self._grok.name, self._grok.numerics) | {"running": running}
 
     def _on_count(self, text: str) -> None:
         """The tokens of the prompt box."""
@@ -132,21 +186,6 @@ class Explore(anywidget.AnyWidget):
 
     def _on_stop(self) -> None:
         self._stop.set()
-
-    def _on_attention(self, run: int, layer: int) -> None:
-        """All heads of a layer: square roots as bytes, rows of the triangle one after the other, packed."""
-        trace = self._trace(run)
-        pattern = trace.attention(layers=layer)[0]
-        rows, columns = np.tril_indices(len(trace))
-        packed = np.rint(255 * np.sqrt(pattern[:, rows, columns])).astype(np.uint8)
-        self.send(
-            {"kind": "attention", "run": run, "layer": layer, "labels": _labels(pattern, trace)},
-            [zlib.compress(packed.tobytes(), 1)],
-        )
-
-    def _on_whole(self, run: int) -> None:
-        found = next(one for one in self._runs if one.id == run)
-        self._show(found, self._trace(run))
 
     def _on_price(self, run: int) -> None:
         trace = self._trace(run)
@@ -178,7 +217,12 @@ class Explore(anywidget.AnyWidget):
             nonlocal sent, begun
             if event.position == prompt_length:
                 logits = event.glimpse("router_logits", True)
-                self.send({"kind": "begin", **self._head(run, ids, None)}, [np.ascontiguousarray(logits).tobytes()])
+                begin = {
+                    "run": run.id, "name": run.name, "prompt_length": len(ids), "total": len(ids) + o["max"],
+                    "ids": ids.tolist(), "pieces": [self._piece(i) for i in ids], "logprobs": [0.0] * len(ids),
+                    "max": o["max"],
+                }  # fmt: skip
+                self.send({"kind": "begin", **begin}, [np.ascontiguousarray(logits).tobytes()])
                 begun = sent = time.perf_counter()
             token = {"piece": self._piece(event.id), "id": event.id, "logprob": event.logprob}
             waiting.append((token, event.glimpse("router_logits", False)))
@@ -216,37 +260,8 @@ class Explore(anywidget.AnyWidget):
         except Exception as err:
             self._failed("export", err)
 
-    # What is sent of a run
-
-    def _head(self, run: _Run, ids: np.ndarray, trace: Trace | None) -> dict[str, Any]:
-        tokens = ids if trace is None else trace.tokens
-        logprobs = [0.0] * len(tokens) if trace is None else np.nan_to_num(trace.logprobs).round(4).tolist()
-        return {
-            "run": run.id, "name": run.name, "prompt_length": len(ids) if trace is None else trace.prompt_length,
-            "total": len(tokens) + (run.options["max"] if trace is None else 0), "ids": [int(i) for i in tokens],
-            "pieces": [self._piece(i) for i in tokens], "logprobs": logprobs,
-            "finish": trace and trace.meta["finish"], "seconds": run.seconds, "max": run.options["max"],
-        }  # fmt: skip
-
-    def _show(self, run: _Run, trace: Trace, *, known: bool = False) -> None:
-        """A run that is done. `known`: the page has its routing from the stream; if not, it asks (`_on_whole`)."""
-        best, logprob, rank = (trace[f"resid_post.lens{end}"] for end in ("", "_logprob", "_rank"))
-        words = {int(i): self._piece(int(i)) for i in np.unique(best)}
-        logits = trace["router_logits"][:, : 0 if known else None]
-        self.send(
-            {"kind": "run", **self._head(run, trace.tokens, trace), "lens_layers": self._lens_layers, "best": BEST,
-             "words": words},
-            [np.ascontiguousarray(a).tobytes() for a in (logits, best, logprob, rank)],
-        )  # fmt: skip
-
     def _piece(self, token: int) -> str:
         return f"<{token}>" if self._grok.tokenizer is None else self._grok.tokenizer.pieces[token]
-
-    def _trace(self, run: int) -> Trace:
-        for one in self._runs:
-            if one.id == run and one.trace is not None:
-                return one.trace
-        raise KeyError(f"run {run} was forgotten: the last {RUNS} are kept; generate it again")
 
     def _edit(self, one: dict[str, Any]) -> list[Edit]:
         """Edits of one row of the edit panel."""
@@ -263,6 +278,18 @@ class Explore(anywidget.AnyWidget):
             towards = a["resid_post.mean", layer] - b["resid_post.mean", layer]
             return [edits_module.add("resid_post", float(one["factor"]) * towards, layers=layer)]
         raise ValueError(f"edit {kind!r}: expected ban, force, scale or steer")
+
+
+def _shape(config: GrokConfig, name: str, numerics: str) -> dict[str, Any]:
+    """What the page says of a model."""
+    c = config
+    size = f"{look.si(c.num_parameters)} parameters, {look.si(c.num_active_parameters)} active"
+    return {
+        "name": name, "numerics": numerics, "layers": c.num_layers, "experts": c.num_experts, "heads": c.num_q_heads,
+        "kv_heads": c.num_kv_heads, "running": False, "examples": EXAMPLES,
+        "facts": [size, f"{c.num_layers} layers, {c.num_experts} experts, {c.num_q_heads} heads"],
+        "taps": {tap: " ".join(TAPS[tap].dims) for tap in EXPORTED},
+    }  # fmt: skip
 
 
 def _short(one: dict[str, Any]) -> str:
@@ -290,3 +317,22 @@ def _labels(pattern: np.ndarray, trace: Trace) -> list[tuple[str, float] | None]
 def explore(grok: Grok, prompt: str = EXAMPLES["Story"]) -> Explore:
     """The explorer of a model: an app in the notebook. `app.trace` is the last run, `app.runs` all that are kept."""
     return Explore(grok, prompt)
+
+
+def view(*traces: Trace, panes: Sequence[str] = ("text", "routing", "attention", "token")) -> Page:
+    """One Trace, or several to compare, in the explorer's views, without a model: also what `gs.open` gives.
+
+    `panes`: of "text" (token strip), "routing" (map and load), "attention" (needs "attn_pattern" or q and k; left out
+    without), "token" (route, predictions and lens, where it was captured), "runs" and "compare" (two Traces).
+    """
+    if not traces or not all(isinstance(t, Trace) for t in traces):
+        raise TypeError("view takes Traces")
+    if unknown := set(panes) - {"text", "routing", "attention", "token", "runs", "compare"}:
+        raise ValueError(f"no pane {min(unknown)!r}; panes are text, routing, attention, token, runs, compare")
+    for i, trace in enumerate(traces):
+        if "router" not in trace.tables or "T" in trace.numbers["expert_index"]:
+            raise ValueError(f"Trace {i} lacks routing at all positions; capture router_logits")
+    if not all("attn_pattern" in t.taps or {"q", "k"} <= set(t.taps) for t in traces):
+        panes = [pane for pane in panes if pane != "attention"]
+    runs = [_Run(i + 1, t.text[:30], "", {}, [], t) for i, t in enumerate(traces)]
+    return Page(runs, tuple(panes), prompt="", max=0, top_p=1, temperature=0, seed=0, edits=[])
