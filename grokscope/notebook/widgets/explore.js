@@ -797,8 +797,10 @@ function render({ model, el }) {
             return `<tr class="pick" data-l="${l}"><td class="num ${l === S.l ? "" : "dim"}" style="width:24px;padding:0 8px 0 0;${l === S.l ? "font-weight:600" : ""}">${l}</td><td class="p bar" style="--w:${(100 * q).toFixed(1)}%">${esc(show(w))}</td><td class="num" style="width:42px">${prob(q)}</td></tr>`;
           })
           .join("")
-      : '<tr><td class="dim">When the run is done</td></tr>';
-    if (!X) $("#t-next").innerHTML = '<tr><td class="dim">When the run is done</td></tr>';
+      : `<tr><td class="dim">${V.done ? "No lens was captured" : "When the run is done"}</td></tr>`;
+    if (!X)
+      $("#t-next").innerHTML =
+        `<tr><td class="dim">${V.done ? "No lens was captured" : "When the run is done"}</td></tr>`;
     const wide = root.clientWidth >= 1560,
       box = wide ? $("#ilists") : $(".awrap");
     if ($("#lists").parentElement !== box) box.append($("#lists"));
