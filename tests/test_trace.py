@@ -172,7 +172,7 @@ def test_plots_of_analyses(grok):
     one = traces[0]
     views = {
         gs.plot.router_entropy: (traces,), gs.plot.coactivation: (traces, 2), gs.plot.transitions: (traces, 2),
-        gs.plot.token_strip: (one, 1), gs.plot.logit_lens: (one,), gs.plot.compare: (gs.compare(*traces[:2]),),
+        gs.plot.expert_load: (traces,), gs.plot.token_strip: (one, 1), gs.plot.logit_lens: (one,), gs.plot.compare: (gs.compare(*traces[:2]),),
     }  # fmt: skip
     for plot, arguments in views.items():
         _, ax = plt.subplots()

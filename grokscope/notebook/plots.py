@@ -96,18 +96,19 @@ def routing(trace: Trace, ax: "Axes | None" = None) -> "Axes":
     return ax
 
 
-def expert_load(trace: Trace, ax: "Axes | None" = None) -> "Axes":
-    """Layer by expert: each expert's share of the choices, against the even 1/E; prompt and generated tokens apart."""
-    experts = trace["expert_index"]
-    num_layers, _, k = experts.shape
-    num_experts = trace["router_logits"].shape[-1]
-    phases = [p for p in ("prefill", "decode") if np.any(trace.phase == p)]
+def expert_load(source: "Source | pd.DataFrame", ax: "Axes | None" = None) -> "Axes":
+    """Layer by expert: each expert's share of the choices, against the even 1/E; prompt and generated tokens apart.
+
+    Takes what `analysis.load` takes, or its table.
+    """
+    frame = source if isinstance(source, pd.DataFrame) else routing_analysis.load(source)
+    layers = sorted(set(frame.layer))
+    num_layers, num_experts = len(layers), int(frame.expert.max()) + 1
+    phases = list(frame.groupby("phase", sort=False))
     with _styled(ax, 1.6 + 2.8 * len(phases), float(np.clip(1.2 + 0.2 * num_layers, 2.4, 8))) as ax:
         ticks = []
-        for i, phase in enumerate(phases):
-            chosen = experts[:, trace.phase == phase]
-            counts = (chosen[..., None] == np.arange(num_experts)).sum((1, 2))
-            share = counts / counts.sum(1, keepdims=True)
+        for i, (phase, own) in enumerate(phases):
+            share = own.share.to_numpy().reshape(num_layers, num_experts)
             left = i * (num_experts + 1)
             image = ax.imshow(
                 share, cmap=DIVERGING, vmin=0, vmax=2 / num_experts,
@@ -120,14 +121,15 @@ def expert_load(trace: Trace, ax: "Axes | None" = None) -> "Axes":
                     ax.text(
                         left + expert, layer, f"{100 * value:.0f}", ha="center", va="center", fontsize=6.5, color=color
                     )
+            tokens, prompts = own.tokens.iloc[0], own.prompts.iloc[0]
             ax.annotate(
-                f"{phase}: {chosen.shape[1]} tokens x {k} choices", (left - 0.5, 1), (0, 3),
+                f"{phase}: {tokens} tokens" + (f", {prompts} prompts" if prompts > 1 else ""), (left - 0.5, 1), (0, 3),
                 xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=7.5, color=look.LABEL,
             )  # fmt: skip
             ticks += [(left + e, str(e)) for e in range(num_experts)]
         ax.set_xlim(-0.5, len(phases) * (num_experts + 1) - 1.5)
         ax.set_xticks(*zip(*ticks, strict=True))
-        _layer_ticks(ax, trace.layers["expert_index"])
+        _layer_ticks(ax, layers)
         ax.set_xlabel("expert")
         ax.set_ylabel("layer")
         ax.set_title("Expert load, % of choices", pad=18)
