@@ -337,7 +337,7 @@ function render({ model, el }) {
               : ""
           : "";
       const bound = t === NP ? '<span class="bound">decode</span>' : "";
-      const glue = t > 0 && t !== NP && !/^[ \n]/.test(p) && !TOK[t - 1].endsWith("\n");
+      const glue = t > 0 && t !== NP && !/^([ \n]|<\d+>$)/.test(p) && !TOK[t - 1].endsWith("\n");
       if (!glue) h += (t ? "</span>" : "") + bound + '<span class="w">';
       h += `<span class="${cls}" role="option" aria-selected="${t === S.t}" data-t="${t}" style="${sty}">${esc(p.replace(/\n/g, "⏎"))}${dg}</span>`;
       if (brk) {
