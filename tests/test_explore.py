@@ -57,14 +57,22 @@ def test_a_run_as_it_is_sent(app):
 
 
 def test_attention_as_it_is_sent(app):
-    generated(app)
+    """One head exactly to 1/65,535; thumbnails as the largest of their blocks."""
+    generated(app, max=80)
+    n = len(app.trace)
+    pattern = app.trace.attention(layers=2)[0]
+    app._receive(app, {"kind": "head", "run": 1, "layer": 2, "head": 4}, [])
+    _, (data,) = app.sent[-1]
+    found = np.frombuffer(zlib.decompress(data), np.uint16) / 65535
+    np.testing.assert_allclose(found, pattern[4][np.tril_indices(n)], atol=1e-5)
     app._receive(app, {"kind": "attention", "run": 1, "layer": 2}, [])
     message, (data,) = app.sent[-1]
-    n = len(app.trace)
-    packed = np.frombuffer(zlib.decompress(data), np.uint8).reshape(6, n * (n + 1) // 2)
-    rows, columns = np.tril_indices(n)
-    found = (packed / 255.0) ** 2
-    np.testing.assert_allclose(found, app.trace.attention(layers=2)[0][:, rows, columns], atol=0.005)
+    assert n > message["size"] == 64
+    thumbs = (np.frombuffer(zlib.decompress(data), np.uint8).reshape(6, 64, 64) / 255.0) ** 2
+    bounds = [-(-i * n // 64) for i in range(65)]
+    for h, q, k in ((0, 3, 1), (4, 63, 0), (5, 40, 39)):
+        block = pattern[h, bounds[q] : bounds[q + 1], bounds[k] : bounds[k + 1]]
+        assert thumbs[h, q, k] == pytest.approx(block.max(), abs=0.005)
     assert len(message["labels"]) == 6
 
 

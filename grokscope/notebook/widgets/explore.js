@@ -166,12 +166,25 @@ function render({ model, el }) {
     append(run, z, m.pieces.length);
     return run;
   }
-  function attn(l, h) {
-    const maps = V.att.get(l);
-    if (maps && maps !== "asked") return maps[h];
-    if (V.done && !maps && M0.panes.includes("attn")) {
+  const asks = () => V.done && M0.panes.includes("attn");
+  // Thumbnails of a layer's heads, at most 64 x 64 each; null until they are here.
+  function sheet(l) {
+    const found = V.att.get(l);
+    if (found && found !== "asked") return found;
+    if (asks() && !found) {
       V.att.set(l, "asked");
       model.send({ kind: "attention", run: V.id, layer: l });
+    }
+    return null;
+  }
+  // One head [T x T]; blank until it is here.
+  function attn(l, h) {
+    const key = l + "." + h,
+      found = V.att.get(key);
+    if (found && found !== "asked") return found;
+    if (asks() && !found) {
+      V.att.set(key, "asked");
+      model.send({ kind: "head", run: V.id, layer: l, head: h });
     }
     if (!V.blank || V.blank.length !== T * T) {
       V.blank = new Float32Array(T * T);
@@ -607,27 +620,23 @@ function render({ model, el }) {
       g = fit(cv, w, h + 4);
     G.sheet = { nc, gap, tw, lh, rh: tw + lh + (BIG ? 2 : 6) };
     cv.setAttribute("aria-label", `${H} heads of layer ${S.l}`);
+    const maps = sheet(S.l);
     for (let i = 0; i < H; i++) {
       const x = (i % nc) * (tw + gap),
         y = 2 + Math.floor(i / nc) * G.sheet.rh,
-        M = attn(S.l, i);
+        M = maps ? maps[i] : null;
       g.fillStyle = rgb(seq(0));
       g.fillRect(x, y, tw, tw);
-      const img = g.createImageData(tw, tw),
-        d = window.devicePixelRatio || 1;
       const oc = document.createElement("canvas");
       oc.width = oc.height = tw;
       const o = oc.getContext("2d"),
         im = o.createImageData(tw, tw);
       for (let r = 0; r < tw; r++)
         for (let c = 0; c < tw; c++) {
-          const q0 = Math.floor((r * T) / tw),
-            q1 = Math.max(q0 + 1, Math.floor(((r + 1) * T) / tw)),
-            k0 = Math.floor((c * T) / tw),
-            k1 = Math.max(k0 + 1, Math.floor(((c + 1) * T) / tw));
-          let m = 0;
-          for (let q = q0; q < q1; q++) for (let k = k0; k < k1 && k <= q; k++) m = Math.max(m, M[q * T + k]);
-          const co = k0 > q1 - 1 || q0 >= S.n ? K.bg : seq(0.03 + 0.97 * Math.sqrt(m)),
+          const n = maps ? maps.n : 1,
+            q = Math.floor((r * n) / tw),
+            k = Math.floor((c * n) / tw),
+            co = !M || c > r ? K.bg : seq(0.03 + 0.97 * M[q * n + k]),
             p = (r * tw + c) * 4;
           im.data[p] = co[0];
           im.data[p + 1] = co[1];
@@ -645,7 +654,7 @@ function render({ model, el }) {
       g.stroke();
       const on = i === S.h;
       label(g, String(i), x, y + tw + lh / 2, "left", on ? K.sel : K.ink2, BIG ? 9 : 11, on ? 600 : 400);
-      if (tw >= 68 && M.label)
+      if (tw >= 68 && M && M.label)
         label(
           g,
           `${{ previous: "prev", duplicate: "dup", induction: "induct" }[M.label[0]] || M.label[0]} ${f(M.label[1])}`,
@@ -1341,7 +1350,8 @@ function render({ model, el }) {
       hide();
       return;
     }
-    const M = attn(S.l, h);
+    const maps = sheet(S.l),
+      M = maps ? maps[h] : { label: null };
     tipAt(
       ev,
       `<div class="ti">Head ${S.l}.${h}</div><div class="dim">reads key-value head ${Math.floor(h / (H / M0.kv_heads))}</div>${M.label ? `<div>${M.label[0]} score ${f(M.label[1])}</div>` : ""}`,
@@ -1705,25 +1715,32 @@ function render({ model, el }) {
     async attention(m, [z]) {
       const run = runs.get(m.run);
       if (!run) return;
+      const n = m.size,
+        packed = await unpack(z);
+      const maps = m.labels.map((found, h) => {
+        const M = new Float32Array(n * n);
+        for (let i = 0; i < n * n; i++) M[i] = packed[h * n * n + i] / 255;
+        M.label = found;
+        return M;
+      });
+      maps.n = n;
+      run.att.set(m.layer, maps);
+      if (run === V && m.layer === S.l) drawSheet();
+    },
+    async head(m, [z]) {
+      const run = runs.get(m.run);
+      if (!run) return;
       const n = run.n,
-        bytesOf = await unpack(z),
-        size = (n * (n + 1)) / 2;
-      run.att.set(
-        m.layer,
-        [...Array(H)].map((_, h) => {
-          const M = new Float32Array(n * n);
-          let o = h * size;
-          for (let q = 0; q < n; q++) for (let j = 0; j <= q; j++) M[q * n + j] = (bytesOf[o++] / 255) ** 2;
-          M.label = m.labels[h];
-          return M;
-        }),
-      );
-      if (run === V && m.layer === S.l) {
-        strip();
-        drawSheet();
-        drawHead();
-        lists();
-      }
+        values = new Uint16Array((await unpack(z)).buffer),
+        M = new Float32Array(n * n);
+      let o = 0;
+      for (let q = 0; q < n; q++) for (let j = 0; j <= q; j++) M[q * n + j] = values[o++] / 65535;
+      M.label = m.label;
+      run.att.set(m.layer + "." + m.head, M);
+      if (run !== V || m.layer !== S.l || m.head !== S.h) return;
+      strip();
+      drawHead();
+      lists();
     },
     price(m) {
       const run = runs.get(m.run);

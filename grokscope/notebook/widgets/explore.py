@@ -30,6 +30,7 @@ from grokscope.run.trace import Trace
 BATCH_SECONDS = 0.05
 RUNS = 12  # kept; older ones are forgotten
 BEST = 5
+THUMBNAIL = 64
 EXAMPLES = {
     "Story": "The old keeper of the lighthouse climbed the stairs at dusk, and",
     "Repeat": "red fox, blue whale, grey owl, black cat. red fox, blue whale, grey",
@@ -100,15 +101,24 @@ class Page(anywidget.AnyWidget):
         return _shape(GrokConfig(**meta["config"]), meta["checkpoint"]["name"], meta["numerics"])
 
     def _on_attention(self, run: int, layer: int) -> None:
-        """All heads of a layer: square roots as bytes, rows of the triangle one after the other, packed."""
+        """Thumbnails of a layer's heads [H, n, n]: the largest of each block, square roots as bytes."""
         trace = self._trace(run)
         ((_, _, _, pattern),) = patterns(trace, layer)
-        rows, columns = np.tril_indices(len(trace))
-        packed = np.rint(255 * np.sqrt(pattern[:, rows, columns])).astype(np.uint8)
-        self.send(
-            {"kind": "attention", "run": run, "layer": layer, "labels": _labels(pattern, trace)},
-            [zlib.compress(packed.tobytes(), 1)],
-        )
+        size = min(len(trace), THUMBNAIL)
+        starts = -(-np.arange(size) * len(trace) // size)
+        blocks = np.maximum.reduceat(np.maximum.reduceat(pattern, starts, axis=1), starts, axis=2)
+        packed = np.rint(255 * np.sqrt(blocks)).astype(np.uint8)
+        message = {"kind": "attention", "run": run, "layer": layer, "size": size, "labels": _labels(pattern, trace)}
+        self.send(message, [zlib.compress(packed.tobytes(), 1)])
+
+    def _on_head(self, run: int, layer: int, head: int) -> None:
+        """One head, the rows of its triangle one after the other, in 65,535ths."""
+        trace = self._trace(run)
+        ((_, numbers, _, pattern),) = patterns(trace, layer)
+        own = pattern[list(numbers).index(head)]
+        packed = np.rint(65535 * own[np.tril_indices(len(trace))]).astype(np.uint16)
+        message = {"kind": "head", "run": run, "layer": layer, "head": head, "label": _labels(own[None], trace)[0]}
+        self.send(message, [zlib.compress(packed.tobytes(), 1)])
 
     def _on_whole(self, run: int) -> None:
         found = next(one for one in self._runs if one.id == run)
