@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from grokscope import train
+import grokscope as gs
+from grokscope import analysis, train
 from grokscope.checkpoint.ckpt0 import open_checkpoint
 
 WINDOWS = 96  # of 256 tokens, a domain
@@ -48,6 +49,46 @@ def main(directory: str, pack: str, state: str | None = None) -> None:
         with np.errstate(divide="ignore", invalid="ignore"):
             bits = np.nansum(share * np.log2(share / shares.mean(0)), axis=-1)
         print(f"| {domain} | " + " | ".join(f"{b:.2f}" for b in bits) + " |")
+
+    with gs.load(directory) as grok:
+        circuits(grok, train.TokenData(pack, "valid", config.vocab_size))
+
+
+def circuits(grok: gs.Grok, held_out: train.TokenData) -> None:
+    """Domain and routing beyond chance, heads on repeated random tokens, and what the loss gains without each part."""
+    rng = np.random.default_rng(0)
+    domains = [domain for domain in held_out.weights for _ in range(12)]
+    windows = [held_out.window(domain, rng, 127) for domain in domains]
+    special = analysis.specialisation(grok.trace(windows), domains)
+    print("\nInformation between domain and expert, bits a choice; null: domains shuffled between windows:\n")
+    print("| layer | information | null | 95 % of the null | ratio |\n|---|---|---|---|---|")
+    for row in special.itertuples():
+        ratio = row.information / row.null
+        print(f"| {row.layer} | {row.information:.3f} | {row.null:.3f} | {row.null_high:.3f} | {ratio:.1f} |")
+
+    halves = [rng.choice(np.arange(300, 4000), 24, replace=False) for _ in range(32)]
+    repeated = grok.trace([[grok.config.bos_token, *half, *half] for half in halves], capture="attn_pattern")
+    heads = analysis.heads(repeated)
+    print(
+        "\nHeads on 24 random tokens, twice (32 times): the best of each measure, 95 % interval, uniform attention:\n"
+    )
+    print("| measure | head | score | uniform |\n|---|---|---|---|")
+    for measure in ("induction", "previous", "duplicate", "first"):
+        for row in heads[heads.measure == measure].nlargest(3, "score").to_dict("records"):
+            place = f"{row['layer']}.{row['head']}"
+            score = f"{row['score']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+            print(f"| {measure} | {place} | {score} | {row['uniform']:.3f} |")
+
+    texts = windows[::6]
+    print(f"\nNats a token that the loss gains on {len(texts)} windows of 128 tokens without a part:\n")
+    for over in ("layers", "heads", "experts"):
+        frame = analysis.ablations(grok, texts, over)
+        grid = frame.effect.to_numpy().reshape(grok.config.num_layers, -1)
+        print(f"| {over} |" + "".join(f" {i} |" for i in range(grid.shape[1])))
+        print("|---" * (grid.shape[1] + 1) + "|")
+        for layer, row in enumerate(grid):
+            print(f"| layer {layer} |" + "".join(f" {v:.3f} |" for v in row))
+        print()
 
 
 if __name__ == "__main__":
