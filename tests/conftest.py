@@ -8,6 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import signal
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -85,3 +86,10 @@ def write_random(directory: Path, config: gs.GrokConfig, seed: int = 0, groups: 
 @pytest.fixture(scope="session")
 def random_checkpoint(tmp_path_factory):
     return write_random(tmp_path_factory.mktemp("random") / "checkpoint", small_config())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled():
+    """Thousands of compiled functions in one process come to the limit of memory maps, and XLA then crashes."""
+    yield
+    jax.clear_caches()

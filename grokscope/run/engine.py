@@ -491,9 +491,7 @@ class Grok:
         if isinstance(x, bytes | bytearray | Mapping) or np.isscalar(x) or not hasattr(x, "__len__"):
             raise TypeError(f"a prompt is a text, token ids, or a list of either; got {type(x).__name__}")
         items = list(x)
-        if not items:
-            raise ValueError("got no prompt: an empty list")
-        single = _is_number(items[0])
+        single = not items or _is_number(items[0])
         return [self._ids(p, i, limit) for i, p in enumerate([items] if single else items)], single
 
     def _ids(self, prompt: Prompt, index: int, limit: int) -> np.ndarray:
