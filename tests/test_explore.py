@@ -19,7 +19,6 @@ CELL = "import grokscope as gs\ngrok = gs.load()\napp = gs.explore(grok)\napp"
 def app(grok, monkeypatch):
     """An explorer whose messages to the page are kept in `app.sent`."""
     made = gs.explore(grok)
-    made.set_trait("draft", dict(made.draft))
     sent = []
     monkeypatch.setattr(type(made), "send", lambda self, message, buffers=None: sent.append((message, buffers or [])))
     made.sent = sent
@@ -94,7 +93,12 @@ def test_errors_reach_the_page(app):
     app._receive(app, {"kind": "attention", "run": 9, "layer": 0}, [])
     assert "run 9 was forgotten" in app.sent[-1][0]["text"]
     assert "context holds 1024" in generated(app, max=5000)[-1][0]["text"]
-    assert "empty" in (app._receive(app, {"kind": "generate", "prompt": "", "options": {}, "edits": []}, []) or "empty")
+    app._receive(app, {"kind": "generate", "prompt": "", "options": {"seed": 0}, "edits": []}, [])
+    assert app.sent[-1][0] == {
+        "kind": "error",
+        "pane": "generate",
+        "text": "ValueError: the prompt is empty; type a text",
+    }
 
 
 def test_export(app, tmp_path):

@@ -158,7 +158,7 @@ def patching(
 
     Columns: layer, and position with piece (of the corrupted prompt), or head; difference, recovered, clean, corrupted.
     """
-    ((good, bad),) = sweep(grok, [clean, corrupted], [[]], keep=["logits", "router_logits", _tap(over, tap)])
+    ((good, bad),) = sweep(grok, [clean, corrupted], [[]], keep=["logits", _tap(over, tap)])
     if len(good) != len(bad):
         raise ValueError(
             f"the clean prompt has {len(good)} tokens and the corrupted one {len(bad)}; patching by position needs the "
@@ -241,7 +241,7 @@ def counterfactuals(
     (the likeliest token then), plain_token, plain_piece, plain_prob (of the plain run's likeliest token: in the plain
     run, and `still`: under the edit).
     """
-    ((plain,),) = sweep(grok, [prompt], [[]], keep=["logits", "router_logits"])
+    ((plain,),) = sweep(grok, [prompt], [[]], keep="logits")
     at = range(len(plain))[position]
     layers = range(grok.config.num_layers) if layers is None else layers
     places = [(layer, expert) for layer in layers for expert in range(grok.config.num_experts)]

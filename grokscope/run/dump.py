@@ -12,6 +12,7 @@ there yet. A part whose files lie there unlisted is of a crash, and is written a
 
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -111,11 +112,11 @@ class Writer:
     def _write(self, traces: dict[int, Trace]) -> None:
         names = [part["files"]["act"]["file"] for part in self.manifest["parts"]]
         number = max((int(name[4:12]) + 1 for name in names), default=0)
-        files = {"act": self._file(f"act-{number:08d}.safetensors", lambda path: _save_tensors(traces, path))}
+        files = {"act": self._file(f"act-{number:08d}.safetensors", functools.partial(_save_tensors, traces))}
         for table in TABLES:
             having = {p: t for p, t in traces.items() if table in t.tables}
             if having:
-                write = lambda path, table=table, having=having: _save_table(having, table, path)  # noqa: E731
+                write = functools.partial(_save_table, having, table)
                 files[table] = self._file(f"{table}-{number:08d}.parquet", write)
         for trace in traces.values():
             for tap, value in trace.taps.items():

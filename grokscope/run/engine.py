@@ -286,20 +286,7 @@ class Grok:
         sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         accept = self._accepting(stop_at_eos, None, None) if limit else None
         call = self._prepared(ids, limit, capture, sampling, batch_size, accept, budget)
-        digest = hashlib.sha256(b"".join(len(p).to_bytes(8) + p.tobytes() for p in ids)).hexdigest()
-        about = {
-            "checkpoint": {"name": self.name, "hash": self._hash},
-            "numerics": self.numerics,
-            "weights": self._form,
-            "prompts_sha256": digest,
-            "max_new_tokens": limit,
-            "stop_at_eos": bool(stop_at_eos),
-            "sampling": {n: np.asarray(v).tolist() for n, v in sampling.items()},
-            "capture": [c.json() for c in capture] if capture is not None else None,
-            "edits": call.edits,
-            "batch_size": call.batch_size,
-            "versions": versions(),
-        }
+        about = self._about(call, ids, limit, capture, bool(stop_at_eos))
         with Writer(directory, about, len(ids), resume=resume) as writer:
             done = writer.done
             todo = [job for job in call.jobs if job.row not in done]
@@ -312,6 +299,23 @@ class Grok:
         if found.missing:
             raise KeyboardInterrupt
         return found
+
+    def _about(self, call: "_Call", ids: list[np.ndarray], limit: int, capture, stop_at_eos: bool) -> dict:
+        """What makes a dump the dump of this run; JSON."""
+        digest = hashlib.sha256(b"".join(len(p).to_bytes(8) + p.tobytes() for p in ids)).hexdigest()
+        return {
+            "checkpoint": {"name": self.name, "hash": self._hash},
+            "numerics": self.numerics,
+            "weights": self._form,
+            "prompts_sha256": digest,
+            "max_new_tokens": limit,
+            "stop_at_eos": stop_at_eos,
+            "sampling": {n: np.asarray(v).tolist() for n, v in call.sampling.items()},
+            "capture": [c.json() for c in capture] if capture is not None else None,
+            "edits": call.edits,
+            "batch_size": call.batch_size,
+            "versions": versions(),
+        }
 
     def edits(self, *changes: "edits.Edit") -> contextlib.AbstractContextManager[None]:
         """`with grok.edits(...):` calls of this thread run with these edits, after those of a `with` around it.

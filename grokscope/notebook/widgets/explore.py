@@ -126,7 +126,8 @@ class Page(anywidget.AnyWidget):
 
     # What is sent of a run
 
-    def _head(self, run: _Run, trace: Trace) -> dict[str, Any]:
+    def _summary(self, run: _Run, trace: Trace) -> dict[str, Any]:
+        """What the page lists of a run: tokens, log-probabilities in nats (0 for the first), seconds."""
         return {
             "run": run.id, "name": run.name, "prompt_length": trace.prompt_length, "total": len(trace),
             "ids": trace.tokens.tolist(), "pieces": trace.pieces,
@@ -141,7 +142,7 @@ class Page(anywidget.AnyWidget):
         )
         logits = trace["router_logits"][:, : 0 if known else None]
         self.send(
-            {"kind": "run", **self._head(run, trace), "lens_layers": trace.layers.get("resid_post.lens", []),
+            {"kind": "run", **self._summary(run, trace), "lens_layers": trace.layers.get("resid_post.lens", []),
              "best": best.shape[-1],              "words": trace.meta.get("words", {})},
             [np.ascontiguousarray(a).tobytes() for a in (logits, best, logprob, rank)],
         )  # fmt: skip
@@ -188,6 +189,8 @@ class Explore(Page):
             raise RuntimeError("a run is under way; stop it first")
         made = [edit for one in edits for edit in self._edit(one)]
         self._number += 1
+        if not prompt:
+            raise ValueError("the prompt is empty; type a text")
         name = ", ".join(_short(one) for one in edits) or f"baseline, seed {options['seed']}"
         run = _Run(self._number, name, prompt, options, edits)
         self._stop.clear()
