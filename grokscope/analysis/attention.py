@@ -176,7 +176,8 @@ def read_at_swaps(comparison: Comparison, *, layers: Sequence[int] | None = None
 def patterns(trace: Trace, layer: int | None = None) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
     """(layer, head numbers, positions, pattern [H, T, S]) layer by layer."""
     tap = "attn_pattern" if "attn_pattern" in trace.taps or "q" not in trace.taps else "q"
-    trace[tap]  # KeyError
+    if tap not in trace.taps or (tap == "q" and "k" not in trace.taps):
+        raise KeyError('attention was not captured; use capture="attn_pattern", or grokscope.capture(..., later=True)')
     held = trace.coords(tap)
     for number in held["layer"] if layer is None else [layer]:
         pattern = trace["attn_pattern", number] if tap == "attn_pattern" else trace.attention(layers=int(number))[0]
