@@ -221,7 +221,7 @@ def fresh_params(config: GrokConfig, seed: int) -> dict:
 
 def checkpoint_params(checkpoint: ckpt0.Checkpoint) -> dict:
     """Float32 parameters of a checkpoint, dequantised."""
-    loaded = weights.load(checkpoint, np.dtype(np.float32), "expanded")
+    loaded = weights.load(weights.Reader(checkpoint, np.dtype(np.float32), "expanded"))
     return stack(loaded.ends, loaded.layers)
 
 

@@ -16,6 +16,8 @@ import grokscope as gs
 from grokscope.checkpoint import ckpt0
 from grokscope.model.quant import quantize
 
+jax.config.update("jax_num_cpu_devices", 8)  # meshes; what asks for none runs on the first
+
 HERE = Path(__file__).parent
 SHARED = HERE.parent.parent / "shared"
 

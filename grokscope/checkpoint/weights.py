@@ -1,38 +1,124 @@
-"""Where a layer's weights come from: resident on the device, expanded to the compute type or kept as int8.
+"""Where a layer's weights come from: resident on the devices, or streamed from disk while the model runs.
 
-Expansion is numpy's work, expert by expert, so that no more than one tensor is held twice.
+Either way matrices are expanded to the compute type or kept as int8 with scales. Expansion is numpy's work, in the
+threads that read, part by part: each process reads only the bytes of its devices' parts from the memory-mapped files.
 """
 
 import dataclasses
+import functools
+import math
 import os
-from collections.abc import Callable, Iterable
-from typing import Literal
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from grokscope.checkpoint.ckpt0 import Checkpoint, Slot, slots
 from grokscope.checkpoint.tensorfile import Tensor
 from grokscope.config import GrokConfig
+from grokscope.model.params import GLOBAL_PARAMS, LAYER_PARAMS, Param
 from grokscope.model.quant import QuantizedWeight, Weight, dequantize
+from grokscope.model.sharding import placed
 from grokscope.model.transformer import ExpertList, Params
 
 Form = Literal["expanded", "int8"]
 
+READERS = 4  # tensors under way at a time while resident weights are loaded
+EXPERTS = "layer/experts"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Weights of a checkpoint, read onto their devices.
+
+    Attributes:
+      dtype: of the embedding, and of expanded matrices; norms and router stay float32.
+      form: whether matrices are expanded or stay int8 with scales.
+      mesh: None is the default device.
+    """
+
+    checkpoint: Checkpoint
+    dtype: np.dtype
+    form: Form
+    mesh: Mesh | None = None
+
+    @property
+    def config(self) -> GrokConfig:
+        return self.checkpoint.config
+
+    def weight(self, slot: Slot) -> Weight | ExpertList:
+        """Raises as Checkpoint.read does."""
+        tensor = self.checkpoint.read(slot)
+        if slot.param.dims[0] == "E":
+            return ExpertList(tuple(self._matrix(slot, tensor, e) for e in range(self.config.num_experts)))
+        if slot.param.groups is not None:
+            return self._matrix(slot, tensor, ...)
+        dtype = self.dtype if (slot.param.module, slot.param.name) == ("embedding", "w") else np.dtype(np.float32)
+        return self._placed(tensor.weight.shape, slot.param.dims, lambda at: tensor.weight[at].astype(dtype))
+
+    def expert(self, slots: Sequence[Slot], number: int) -> tuple[Weight, ...]:
+        """One expert's matrix of each slot."""
+        return tuple(self._matrix(slot, self.checkpoint.read(slot), number) for slot in slots)
+
+    def _matrix(self, slot: Slot, tensor: Tensor, index) -> Weight:
+        weight, dims = tensor.weight[index], slot.param.dims[-2:]
+        place = functools.partial(self._placed, dims=dims)
+        if tensor.scales is None:
+            return place(weight.shape, part=lambda at: weight[at].astype(self.dtype))
+        scales = _regrouped(tensor.scales[index], 1 if self.mesh is None else self.mesh.shape["model"], len(weight))
+        if self.form == "int8":
+            return QuantizedWeight(
+                place(weight.shape, part=lambda at: np.ascontiguousarray(weight[at])),
+                place(scales.shape, part=lambda at: np.ascontiguousarray(scales[at])),
+            )
+        rows = len(weight) // len(scales)  # that share a scale
+
+        def expanded(at: tuple[slice, ...]) -> np.ndarray:
+            begin, end, _ = at[0].indices(len(weight))
+            return dequantize(QuantizedWeight(weight[at], scales[begin // rows : end // rows, at[1]]), self.dtype)
+
+        return place(weight.shape, part=expanded)
+
+    def _placed(self, shape: tuple[int, ...], dims: Sequence[str], part: Callable) -> jax.Array:
+        """The array whose parts are part((slice, ...)), on their devices."""
+        if self.mesh is None:
+            return jax.device_put(part(tuple(slice(0, n) for n in shape)))
+        sharding = placed(self.mesh, dims, [self.config.dims[d[0]] for d in dims])
+        made: dict[tuple, np.ndarray] = {}  # replicas share a part
+
+        def once(at: tuple[slice, ...]) -> np.ndarray:
+            key = tuple(s.indices(n)[:2] for s, n in zip(at, shape, strict=True))
+            if key not in made:
+                made[key] = part(at)
+            return made[key]
+
+        return jax.make_array_from_callback(shape, sharding, once)
+
+
+def _regrouped(scales: np.ndarray, parts: int, rows: int) -> np.ndarray:
+    """The same scales [G, N], repeated so that each of `parts` equal parts of the rows has groups of its own."""
+    groups = math.lcm(len(scales), parts)
+    return np.repeat(scales, groups // len(scales), axis=0) if rows % groups == 0 else scales
+
 
 @dataclasses.dataclass
 class Weights:
-    """All parameters on the device, in the dictionaries of grokscope.model.transformer.
+    """All parameters on the devices, in the dictionaries of grokscope.model.transformer.
 
     Attributes:
       ends: embedding and final norm.
       layers: one dictionary per layer.
-      form: whether matrices were expanded to the compute type or are int8 with scales.
+      form, mesh: as in Reader.
     """
 
     ends: Params
     layers: list[Params]
     form: Form
+    mesh: Mesh | None = None
 
     @property
     def nbytes(self) -> int:
@@ -47,40 +133,190 @@ def default_form(config: GrokConfig, dtype: np.dtype) -> Form:
     """Expanded on CPU where that takes at most half of the machine's memory; int8 elsewhere."""
     if jax.default_backend() != "cpu":
         return "int8"
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return "expanded" if config.num_parameters * dtype.itemsize <= memory / 2 else "int8"
+    return "expanded" if config.num_parameters * dtype.itemsize <= machine_memory() / 2 else "int8"
 
 
-def load(
-    checkpoint: Checkpoint,
-    dtype: np.dtype,
-    form: Form | None = None,
-    progress: Callable[[Iterable[Slot]], Iterable[Slot]] = iter,
-) -> Weights:
-    """Reads a checkpoint onto the default device. Norms and router stay float32, the embedding becomes `dtype`."""
-    form = form or default_form(checkpoint.config, dtype)
+def machine_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def streaming_memory(mesh: Mesh | None) -> int:
+    """Bytes that streamed weights take unless told: half of the machine's memory, or 0.8 of the accelerators'."""
+    devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
+    if jax.default_backend() == "cpu":
+        return machine_memory() // 2
+    return int(0.8 * sum(device.memory_stats()["bytes_limit"] for device in devices))
+
+
+def load(reader: Reader, progress: Callable[[Iterable[Slot]], Iterable[Slot]] = iter) -> Weights:
+    """Everything, a few tensors at a time; host memory stays within those."""
     ends: dict[str, dict] = {}
-    layers: list[dict[str, dict]] = [{} for _ in range(checkpoint.config.num_layers)]
-    for slot in progress(slots(checkpoint.config)):
-        params = ends if slot.layer is None else layers[slot.layer]
-        value = _placed(slot, checkpoint.read(slot), dtype, form)
-        params.setdefault(slot.param.module, {})[slot.param.name] = value
-    return Weights(ends, list(layers), form)
+    layers: list[dict[str, dict]] = [{} for _ in range(reader.config.num_layers)]
+    todo = slots(reader.config)
+    with ThreadPoolExecutor(READERS) as readers:
+        made = readers.map(reader.weight, todo)
+        for slot, value in zip(progress(todo), made, strict=True):
+            params = ends if slot.layer is None else layers[slot.layer]
+            params.setdefault(slot.param.module, {})[slot.param.name] = value
+    return Weights(ends, list(layers), reader.form, reader.mesh)
 
 
-def _placed(slot: Slot, tensor: Tensor, dtype: np.dtype, form: Form) -> Weight | ExpertList:
-    if slot.param.groups is None:
-        return jax.device_put(tensor.weight.astype(dtype if slot.param.module == "embedding" else np.float32))
+class Streamed:
+    """Weights that stay on disk but for what a budget of bytes holds; the rest is read while the model runs.
 
-    def matrix(weight: np.ndarray, scales: np.ndarray | None) -> Weight:
-        if scales is None:
-            return jax.device_put(weight.astype(dtype))
-        quantized = QuantizedWeight(weight, scales)
-        if form == "int8":
-            return jax.device_put(quantized)
-        return jax.device_put(dequantize(quantized, dtype))
+    Resident, in this order as far as the budget goes: embedding, attention of all layers, experts. Each layer keeps the
+    experts it used last: a pass goes through all layers in turn, so an order over all layers would evict every expert
+    just before it is needed. One thread reads ahead: the next expert while one computes, and the next layer's
+    attention; where a layer needed all its experts, the first of the next layer's too.
 
-    if slot.param.dims[0] != "E":
-        return matrix(tensor.weight, tensor.scales)
-    scales = [None] * len(tensor.weight) if tensor.scales is None else tensor.scales
-    return ExpertList(tuple(matrix(w, s) for w, s in zip(tensor.weight, scales, strict=True)))
+    Attributes:
+      ends: embedding and final norm.
+      memory: bytes on the devices that weights may take, those being read included.
+      bytes_read: from disk since it was loaded.
+    """
+
+    def __init__(self, reader: Reader, memory: int):
+        self.reader, self.memory, self.bytes_read = reader, memory, 0
+        self._slots: dict[int | None, list[Slot]] = {}
+        for slot in slots(reader.config):
+            self._slots.setdefault(slot.layer, []).append(slot)
+        sizes = stored_bytes(reader.config, reader.dtype, reader.form)
+        spare = memory - sizes.ends - 2 * sizes.attention - 2 * sizes.expert
+        if spare < 0:
+            raise MemoryError(
+                f"memory={memory}: streaming this model takes {memory - spare} bytes at least: embedding, two layers "
+                "without their experts, and two experts"
+            )
+        num_layers = reader.config.num_layers
+        self._attention_kept = min(num_layers, spare // sizes.attention)
+        spare -= self._attention_kept * sizes.attention
+        each, more = divmod(spare // sizes.expert, num_layers)
+        self._experts_kept = [min(each + (i < more), reader.config.num_experts) for i in range(num_layers)]
+        self._attention: dict[int, Params] = {}
+        self._experts = [OrderedDict[int, dict[str, Weight]]() for _ in range(num_layers)]
+        self._reading: dict[tuple[int, int | None], Future] = {}
+        self._thread = ThreadPoolExecutor(1, "grokscope-read-ahead")
+        self.ends = self._whole(None)
+
+    @property
+    def form(self) -> Form:
+        return self.reader.form
+
+    @property
+    def mesh(self) -> Mesh | None:
+        return self.reader.mesh
+
+    @property
+    def nbytes(self) -> int:
+        """On the devices between two passes."""
+        kept = (self.ends, list(self._attention.values()), [list(own.values()) for own in self._experts])
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
+
+    def delete(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        kept = (self.ends, list(self._attention.values()), [list(own.values()) for own in self._experts])
+        for leaf in jax.tree.leaves(kept):
+            leaf.delete()
+
+    def attention(self, layer: int) -> Params:
+        """Everything of a layer but its experts."""
+        return self._taken(layer, None)
+
+    def experts(self, layer: int, chosen: Collection[int]) -> Iterator[tuple[list[int], Params]]:
+        """The chosen experts in turn: (numbers, parameters in which these are the ones they should be).
+
+        Each is to be done with before the next is asked for. Those that are resident come first, together.
+        """
+        own = self._experts[layer]
+        todo = sorted(set(chosen) - set(own))
+        following = (layer + 1) % self.reader.config.num_layers
+        ahead = [(layer, e) for e in todo] + [(following, None)]
+        if len(set(chosen)) == self.reader.config.num_experts:
+            ahead += [
+                (following, e) for e in range(self.reader.config.num_experts) if e not in self._experts[following]
+            ][:1]
+        self._read(ahead[0])
+        for expert in sorted(set(chosen) & set(own)):
+            own.move_to_end(expert)
+        if resident := sorted(set(chosen) & set(own)):
+            yield resident, self._params({e: own[e] for e in resident})
+        for number, expert in enumerate(todo, 1):
+            weights = self._taken(layer, expert)
+            for key in ahead[number : number + (2 if expert == todo[-1] else 1)]:
+                self._read(key)
+            yield [expert], self._params({expert: weights})
+
+    def _params(self, found: dict[int, dict[str, Weight]]) -> Params:
+        """Experts that were not asked for are stood in for by one that was: no token of theirs runs."""
+        any_one = next(iter(found.values()))
+        numbers = range(self.reader.config.num_experts)
+        return {EXPERTS: {name: ExpertList(tuple(found.get(e, any_one)[name] for e in numbers)) for name in any_one}}
+
+    def _read(self, key: tuple[int, int | None]) -> None:
+        """Begins to read a layer's attention (expert None) or an expert, unless it is there or under way."""
+        layer, expert = key
+        there = layer in self._attention if expert is None else expert in self._experts[layer]
+        if not there and key not in self._reading:
+            read = self._whole if expert is None else functools.partial(self._expert, number=expert)
+            self._reading[key] = self._thread.submit(read, layer)
+
+    def _taken(self, layer: int, expert: int | None):
+        """What was read, kept if there is room for it."""
+        if expert is None and layer in self._attention:
+            return self._attention[layer]
+        self._read((layer, expert))
+        found = self._reading.pop((layer, expert)).result()
+        if expert is None:
+            if layer < self._attention_kept:
+                self._attention[layer] = found
+        elif self._experts_kept[layer]:
+            own = self._experts[layer]
+            if len(own) == self._experts_kept[layer]:
+                own.popitem(last=False)
+            own[expert] = found
+        return found
+
+    def _whole(self, layer: int | None) -> Params:
+        params: dict[str, dict] = {}
+        for slot in self._slots[layer]:
+            if slot.param.module != EXPERTS:
+                params.setdefault(slot.param.module, {})[slot.param.name] = self.reader.weight(slot)
+                self.bytes_read += (self.reader.checkpoint.tensors / slot.file).stat().st_size
+        return jax.block_until_ready(params)
+
+    def _expert(self, layer: int, number: int) -> dict[str, Weight]:
+        own = [slot for slot in self._slots[layer] if slot.param.module == EXPERTS]
+        self.bytes_read += sum(
+            (self.reader.checkpoint.tensors / slot.file).stat().st_size // self.reader.config.num_experts
+            for slot in own
+        )
+        found = self.reader.expert(own, number)
+        return jax.block_until_ready({slot.param.name: w for slot, w in zip(own, found, strict=True)})
+
+
+class Sizes(NamedTuple):
+    """Bytes on the devices, of all parts together."""
+
+    ends: int
+    attention: int  # of a layer, with its norms and router
+    expert: int
+
+
+def stored_bytes(config: GrokConfig, dtype: np.dtype, form: Form) -> Sizes:
+    """What the weights take as they are placed, from shapes alone; int8 as the release stores it."""
+
+    def nbytes(param: Param, without: int = 1) -> int:
+        *lead, rows, columns = (1, 1, *param.shape(config))
+        count = math.prod((*lead, rows, columns)) // without
+        if param.groups is None:
+            return count * (dtype.itemsize if (param.module, param.name) == ("embedding", "w") else 4)
+        if form == "expanded":
+            return count * dtype.itemsize
+        return count + count // rows * math.gcd(param.groups, rows) * 2
+
+    of_experts = [p for p in LAYER_PARAMS if p.module == EXPERTS]
+    return Sizes(
+        sum(nbytes(p) for p in GLOBAL_PARAMS),
+        sum(nbytes(p) for p in LAYER_PARAMS if p.module != EXPERTS),
+        sum(nbytes(p, config.num_experts) for p in of_experts),
+    )

@@ -11,17 +11,20 @@ experts have to run; it saves work and changes no live value.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from grokscope.config import GrokConfig
 from grokscope.model.params import PARAMS, initializer
 from grokscope.model.quant import HIGHEST, Weight, matmul
+from grokscope.model.sharding import axis_size, constrain, per_shard, spec, zeros
 from grokscope.model.taps import tap
 
 ATTENTION_CAP = 30.0
@@ -60,11 +63,13 @@ class KVCache(NamedTuple):
     @classmethod
     def zeros(cls, config: GrokConfig, batch: int, length: int, dtype) -> "KVCache":
         shape = (batch, length, config.num_kv_heads, config.key_size)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        return cls(zeros("BSGC", shape, dtype), zeros("BSGC", shape, dtype))
 
     def write(self, k: Array, v: Array, start: Int[Array, " B"]) -> "KVCache":
         """Positions start .. start + T of each row replaced by k and v [B, T, G, C]."""
         put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=0))
+        whole = spec("BSGC", self.k.shape)
+        put = per_shard(put, (whole, whole, PartitionSpec(whole[0])), whole)
         return KVCache(put(self.k, k, start), put(self.v, v, start))
 
 
@@ -111,14 +116,18 @@ class Attention(Module):
         heads, groups, channels = self.config.num_q_heads, self.config.num_kv_heads, self.config.key_size
         positions = start[:, None] + jnp.arange(length)
 
-        q = matmul(x, self.weight("query")).reshape(batch, length, heads, channels)
-        k = matmul(x, self.weight("key")).reshape(batch, length, groups, channels)
-        v = matmul(x, self.weight("value")).reshape(batch, length, groups, channels)
+        q = constrain(matmul(x, self.weight("query")).reshape(batch, length, heads, channels), "BTHC")
+        k = constrain(matmul(x, self.weight("key")).reshape(batch, length, groups, channels), "BTGC")
+        v = constrain(matmul(x, self.weight("value")).reshape(batch, length, groups, channels), "BTGC")
         q, k, v = tap("q", rotate(q, positions)), tap("k", rotate(k, positions)), tap("v", v)
         if cache is not None:
             cache = cache.write(k, v, start)
             k, v = cache
         key_positions = jnp.arange(k.shape[1])
+        if heads % axis_size("model") == 0 and groups % axis_size("model"):  # each device takes the one it reads
+            copies = math.lcm(groups, axis_size("model")) // groups
+            groups *= copies
+            k, v = (constrain(jnp.repeat(a, copies, axis=2), "BSGC") for a in (k, v))
 
         q = q.reshape(batch, length, groups, heads // groups, channels)
         scores = jnp.einsum("btgrc,bsgc->bgrts", q, k, precision=HIGHEST).astype(jnp.float32)
@@ -130,7 +139,7 @@ class Attention(Module):
         pattern = pattern.reshape(batch, groups, heads // groups, length, -1)
         z = jnp.einsum("bgrts,bsgc->btgrc", pattern, v, precision=HIGHEST)
         z = tap("attn_z", z.reshape(batch, length, heads, channels))
-        return matmul(z.reshape(batch, length, heads * channels), self.weight("out")), cache
+        return constrain(matmul(z.reshape(batch, length, heads * channels), self.weight("out")), "BTD"), cache
 
 
 class Router(Module):
@@ -213,43 +222,77 @@ def gate_and_up(rows: Float[Array, "N D"], gate: Weight, up: Weight) -> Float[Ar
     return jax.nn.gelu(matmul(rows, gate), approximate=True) * matmul(rows, up)
 
 
+class Pairs(NamedTuple):
+    """The N * K (token, choice) pairs of N tokens, sorted by expert."""
+
+    order: jax.Array  # int32 [N * K]
+    back: jax.Array  # its inverse
+    groups: Groups
+
+
+def sort_pairs(num_experts: int, chosen: Int[Array, "B T K"], live: Bool[Array, "B T"]) -> Pairs:
+    pairs = jnp.where(live[..., None] & (chosen >= 0), chosen, num_experts).reshape(-1)
+    order = jnp.argsort(pairs, stable=True)
+    counts = jnp.sum(pairs[:, None] == jnp.arange(num_experts), axis=0)
+    return Pairs(order, jnp.argsort(order), Groups(jnp.cumsum(counts) - counts, counts))
+
+
+def as_sorted(values: Float[Array, "B T K X"], pairs: Pairs) -> Float[Array, "M X"]:
+    """M is N * K and a tile to spare."""
+    tile = tile_size(values.shape[0] * values.shape[1])
+    return jnp.pad(values.reshape(-1, values.shape[-1])[pairs.order], ((0, tile), (0, 0)))
+
+
+def as_chosen(rows: Float[Array, "M X"], chosen: Int[Array, "B T K"], pairs: Pairs) -> Float[Array, "B T K X"]:
+    return rows[pairs.back].reshape(*chosen.shape, -1)
+
+
+def run_gate_and_up(x: Float[Array, "B T D"], pairs: Pairs, experts) -> Float[Array, "M F"]:
+    tokens = x.reshape(-1, x.shape[-1])
+    tile = tile_size(len(tokens))
+    rows = jnp.pad(tokens[pairs.order // (len(pairs.order) // len(tokens))], ((0, tile), (0, 0)))
+    return by_expert(gate_and_up, tile, rows, experts, pairs.groups)
+
+
+def run_down(hidden: Float[Array, "M F"], chosen: Int[Array, "B T K"], pairs: Pairs, experts) -> Array:
+    out = by_expert(matmul, len(hidden) - len(pairs.order), hidden, experts, pairs.groups)
+    return as_chosen(out, chosen, pairs)[None]
+
+
 class Experts(Module):
     """Runs the chosen experts, and no others.
 
-    The N * K (token, choice) pairs are sorted by expert. One rule serves a decode step (a tile holds all tokens: an
-    expert runs once or not at all), long prompts and training, and a row's numbers do not depend on its neighbours.
+    The (token, choice) pairs are sorted by expert. One rule serves a decode step (a tile holds all tokens: an expert
+    runs once or not at all), long prompts and training, and a row's numbers do not depend on its neighbours. On a mesh
+    each device sorts the tokens of its data shard, and runs its columns of gate and up and its rows of down.
     """
 
     def __call__(
         self, x: Float[Array, "B T D"], chosen: Int[Array, "B T K"], live: Bool[Array, "B T"]
-    ) -> Float[Array, "B T K D"]:
-        """Output of each chosen expert, before its gate. Those of dead tokens, and of -1 (nobody), mean nothing."""
-        num_experts, k = self.config.num_experts, chosen.shape[-1]
+    ) -> Float[Array, "P B T K D"]:
+        """Output of each chosen expert before its gate, as one part for each model shard: they add up to it.
+
+        Those of dead tokens, and of -1 (nobody), mean nothing.
+        """
+        num_experts = self.config.num_experts
         gate, up, down = (self.weight(name) for name in ("gate", "up", "down"))
-        num_tokens = x.shape[0] * x.shape[1]
-        tile = tile_size(num_tokens)
+        (batch,) = spec(("B",), x.shape[:1])
+        tokens, columns, rows = PartitionSpec(batch), PartitionSpec(None, "model"), PartitionSpec("model")
+        of_hidden, by_choice = PartitionSpec(batch, "model"), PartitionSpec(batch, None, None, "model")
 
-        pairs = jnp.where(live[..., None] & (chosen >= 0), chosen, num_experts).reshape(num_tokens * k)
-        order = jnp.argsort(pairs, stable=True)
-        back = jnp.argsort(order)
-        counts = jnp.sum(pairs[:, None] == jnp.arange(num_experts), axis=0)
-        groups = Groups(jnp.cumsum(counts) - counts, counts)
-        padding = ((0, tile), (0, 0))
-
-        def as_chosen(rows):  # [N * K + tile, X] sorted -> [B, T, K, X]
-            return rows[back].reshape(*chosen.shape, -1)
-
-        def as_sorted(values):
-            return jnp.pad(values.reshape(num_tokens * k, -1)[order], padding)
-
-        rows = jnp.pad(x.reshape(num_tokens, -1)[order // k], padding)
-        hidden = by_expert(gate_and_up, tile, rows, tuple((gate[e], up[e]) for e in range(num_experts)), groups)
-        hidden = tap("expert_hidden", hidden, as_chosen, as_sorted)
-        return as_chosen(by_expert(matmul, tile, hidden, tuple((down[e],) for e in range(num_experts)), groups))
+        pairs = per_shard(functools.partial(sort_pairs, num_experts), (tokens, tokens), tokens)(chosen, live)
+        experts = tuple((gate[e], up[e]) for e in range(num_experts))
+        hidden = per_shard(run_gate_and_up, (tokens, tokens, columns), of_hidden)(x, pairs, experts)
+        unpack = per_shard(as_chosen, (of_hidden, tokens, tokens), by_choice)
+        pack = per_shard(as_sorted, (by_choice, tokens), of_hidden)
+        hidden = tap("expert_hidden", hidden, lambda h: unpack(h, chosen, pairs), lambda h: pack(h, pairs))
+        experts = tuple((down[e],) for e in range(num_experts))
+        run = per_shard(run_down, (of_hidden, tokens, tokens, rows), PartitionSpec("model", batch))
+        return run(hidden, chosen, pairs, experts)
 
 
 class Routed(NamedTuple):
-    """A layer between its two halves: what the experts still need."""
+    """A layer before its experts: what the rest of it needs."""
 
     resid_mid: jax.Array  # [B, T, D]
     normed: jax.Array  # [B, T, D], what router and experts read
@@ -259,7 +302,7 @@ class Routed(NamedTuple):
 
 
 class DecoderLayer(Module):
-    """Attention and experts, each between two norms. Two halves, so that streamed weights can follow the routing."""
+    """Attention and experts, each between two norms; in three pieces, so that streamed experts follow the routing."""
 
     @hk.name_like("__call__")
     def attend_and_route(self, x, cache: KVCache | None, start) -> tuple[Routed, KVCache | None]:
@@ -273,15 +316,16 @@ class DecoderLayer(Module):
         return Routed(x, normed, *Router(self.config, "router")(normed)), cache
 
     @hk.name_like("__call__")
-    def run_experts(self, routed: Routed, live) -> Array:
-        out = tap("expert_out", Experts(self.config, "experts")(routed.normed, routed.chosen, live))
-        mixed = jnp.einsum("btk,btkd->btd", routed.gates.astype(out.dtype), out, precision=HIGHEST)
+    def run_experts(self, routed: Routed, live) -> Float[Array, "P B T K D"]:
+        return Experts(self.config, "experts")(routed.normed, routed.chosen, live)
+
+    @hk.name_like("__call__")
+    def add_experts(self, routed: Routed, parts: Float[Array, "P B T K D"]) -> Float[Array, "B T D"]:
+        parts = tap("expert_out", parts, lambda parts: parts.sum(0), lambda out: out[None])
+        mixed = jnp.einsum("btk,pbtkd->pbtd", routed.gates.astype(parts.dtype), parts, precision=HIGHEST)
+        mixed = constrain(mixed.sum(0), "BTD")
         delta = RMSNorm(self.config, "post_moe_norm")(tap("moe_out", mixed))
         return tap("resid_post", routed.resid_mid + tap("moe_delta", delta))
-
-    def __call__(self, x, cache: KVCache | None, start, live) -> tuple[Array, KVCache | None, Routed]:
-        routed, cache = self.attend_and_route(x, cache, start)
-        return self.run_experts(routed, live), cache, routed
 
 
 class Embedding(Module):
@@ -289,6 +333,7 @@ class Embedding(Module):
 
     def encode(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         rows = jnp.take(self.weight("w"), tokens, axis=0)
+        rows = constrain(rows, "BTD")
         return tap("embed", rows * jnp.asarray(self.config.embedding_multiplier_scale, rows.dtype))
 
     @hk.name_like("__call__")
@@ -311,15 +356,27 @@ def _pure(method):
 
 embed = _pure(lambda config, tokens: Embedding(config, "embedding").encode(tokens))
 unembed = _pure(lambda config, x: Embedding(config, "embedding").decode(x))
-layer = _pure(lambda config, *inputs: DecoderLayer(config, "layer")(*inputs))
+attend_and_route = _pure(lambda config, *inputs: DecoderLayer(config, "layer").attend_and_route(*inputs))
+run_experts = _pure(lambda config, *inputs: DecoderLayer(config, "layer").run_experts(*inputs))
+add_experts = _pure(lambda config, *inputs: DecoderLayer(config, "layer").add_experts(*inputs))
+
+
+def layer(config: GrokConfig, params: Params, x, cache: KVCache | None, start, live):
+    """The three pieces in one: stream [B, T, D], cache, routing."""
+    routed, cache = attend_and_route(config, params, x, cache, start)
+    return add_experts(config, params, routed, run_experts(config, params, routed, live)), cache, routed
 
 
 def initial_params(config: GrokConfig, key: jax.Array) -> tuple[Params, list[Params]]:
     """Fresh float32 parameters: of the embedding, and of each layer."""
     ends = hk.transform(lambda x: Embedding(config, "embedding").decode(x))
-    one = hk.transform(
-        lambda x: DecoderLayer(config, "layer")(x, None, jnp.zeros(1, jnp.int32), jnp.ones((1, 1), bool))
-    )
+
+    def whole(x):
+        block = DecoderLayer(config, "layer")
+        routed, _ = block.attend_and_route(x, None, jnp.zeros(1, jnp.int32))
+        return block.add_experts(routed, block.run_experts(routed, jnp.ones((1, 1), bool)))
+
+    one = hk.transform(whole)
     key, *layer_keys = jax.random.split(key, config.num_layers + 1)
     x = jnp.zeros((1, 1, config.emb_size))
     init = jax.jit(one.init)

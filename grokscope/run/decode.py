@@ -17,19 +17,23 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from grokscope.checkpoint.weights import Weights
+from grokscope.checkpoint.weights import Streamed, Weights
 from grokscope.config import GrokConfig
+from grokscope.model.sharding import on, replicated
 from grokscope.model.transformer import MASKED, KVCache
 from grokscope.run import steps
 from grokscope.run.captures import Kept
 from grokscope.run.hooks import CaptureKind, Stage
+from grokscope.run.layers import Work, run_layer
 from grokscope.run.sampling import Sampling
 from grokscope.run.staging import Hooked, Hooks
 from grokscope.run.steps import COLUMNS, DecodeState
 
 BLOCKS = (1, 32, 128, 512)  # query lengths that are compiled
 BATCH_SIZE = 8  # slots, unless the caller says otherwise
+TOGETHER = 32768  # tokens of prompts that share a reading of streamed layers
 
 
 @dataclasses.dataclass(eq=False)
@@ -88,6 +92,23 @@ def cache_length(length: int) -> int:
     return 1 << max(sum(block_lengths(length)) - 1, BLOCKS[1] - 1).bit_length()
 
 
+class _Pass:
+    """A prompt on its way through the layers: its blocks, padded, and what has become of them."""
+
+    def __init__(self, job: Job, hooked: Hooked):
+        lengths = block_lengths(len(job.prompt))
+        padded = np.zeros((1, sum(lengths)), np.int32)
+        padded[0, : len(job.prompt)] = job.prompt
+        live = np.arange(padded.size)[None] < len(job.prompt)
+        begins = np.cumsum([0, *lengths[:-1]], dtype=np.int32)
+        cuts = [slice(b, b + n) for b, n in zip(begins, lengths, strict=True)]
+        self.job, self.hooked = job, hooked
+        self.at = [(begins[i : i + 1], padded[:, cut], live[:, cut]) for i, cut in enumerate(cuts)]
+        self.xs: list[jax.Array] = []
+        self.caches: list[KVCache] = []
+        self.captures: list[list] = [[] for _ in cuts]
+
+
 class Run:
     """One call of trace or generate.
 
@@ -102,8 +123,10 @@ class Run:
         """`todo`: those of the jobs that run; the rest only shape the call."""
         self.config, self.weights, self.hooks, self.sampling = config, weights, hooks, sampling
         self.dtype = weights.ends["embedding"]["w"].dtype
+        self.streamed = isinstance(weights, Streamed)
         self.method = sampling.method(config.vocab_size)
-        self.num_slots, self.cache_length = shapes([(len(j.prompt), j.limit) for j in jobs], batch_size)
+        lengths = [(len(job.prompt), job.limit) for job in jobs]
+        self.num_slots, self.cache_length = shapes(lengths, batch_size, weights.mesh)
         self.waiting = deque(jobs if todo is None else todo)
         self.slots: list[Job | None] = [None] * self.num_slots
         self.ready: deque[Job] = deque()
@@ -112,14 +135,15 @@ class Run:
         self.pending: tuple[dict, list] | None = None  # the last chunk, on its way, and the segments in it
         self.step = 0
         self.cut_short = self.over = False
-        self._empty_slots()
+        with on(weights.mesh):
+            self._empty_slots()
 
     def results(self) -> Iterator[Job]:
         """The jobs as they are done. On Ctrl-C those that run finish as "interrupt", and those that wait never come; if
         it came too late to cut anything short, KeyboardInterrupt is raised at the end."""
         pressed = False
         while True:
-            with _deferred_interrupt() as interrupted:
+            with _deferred_interrupt() as interrupted, on(self.weights.mesh):
                 while not self.ready and not self.over:
                     try:
                         self._turn(interrupted)
@@ -184,73 +208,90 @@ class Run:
     def _refill(self, interrupted: threading.Event) -> None:
         """Prefills waiting prompts: those without tokens to make are done with that, others take a free slot."""
         seated = False
-        while self.waiting and (None in self.slots or not self.waiting[0].limit):
-            job = self.waiting[0]
-            caches, first = self._prefill(job, interrupted)
-            self.waiting.popleft()
-            job.tokens = job.prompt.tolist()
-            self._land()
-            self.landing = job
-            if not job.limit:
-                job.finish = "length"
-                continue
-            job.slot, job.first_step = self.slots.index(None), self.step
-            job.glimpse = functools.partial(self.glimpse, job)
-            self.caches = [steps.seated_cache(c, one, job.slot) for c, one in zip(self.caches, caches, strict=True)]
-            self.state = steps.seated(self.state, first, job.slot)
-            self._seat_pools(job)
-            self.slots[job.slot] = job
-            seated = True
+        while together := self._next_prompts():
+            passes = self._prefill(together, interrupted)
+            for job, (caches, first) in zip(together, passes, strict=True):
+                self.waiting.popleft()
+                job.tokens = job.prompt.tolist()
+                self._land()
+                self.landing = job
+                if first is None:
+                    job.finish = "length"
+                    continue
+                self._seat(job, caches, first)
+                seated = True
         if seated:
             rows = np.array([0 if j is None else j.row for j in self.slots])
-            self.slot_sampling = jax.device_put(jax.tree.map(lambda a, rows=rows: a[rows], self.sampling))
+            self.slot_sampling = replicated(jax.tree.map(lambda a, rows=rows: a[rows], self.sampling))
             self.hooked = self.hooks.decode([None if j is None else j.row for j in self.slots], self.cache_length)
 
-    def _prefill(self, job: Job, interrupted: threading.Event) -> tuple[list[KVCache], DecodeState | None]:
-        """Layer by layer, block by block; then the first new token, and the log-probabilities of the prompt."""
-        config, prompt, ends = self.config, job.prompt, self.weights.ends
-        lengths = block_lengths(len(prompt))
-        hooked = self.hooks.prefill(job.row, cache_length(len(prompt)))
-        padded = np.zeros((1, sum(lengths)), np.int32)
-        padded[0, : len(prompt)] = prompt
-        live = np.arange(padded.size)[None] < len(prompt)
-        begins = np.cumsum([0, *lengths[:-1]], dtype=np.int32)
-        cuts = [slice(b, b + n) for b, n in zip(begins, lengths, strict=True)]
-        at = [(begins[i : i + 1], padded[:, cut], live[:, cut]) for i, cut in enumerate(cuts)]
+    def _next_prompts(self) -> list[Job]:
+        """Those that are prefilled next: one, or with streamed weights as many as may share a reading of the layers."""
+        free = self.slots.count(None)
+        found, tokens = [], 0
+        for job in self.waiting:
+            tokens += len(job.prompt)
+            if (job.limit and len(found) == free) or (found and not (self.streamed and tokens <= TOGETHER)):
+                break
+            found.append(job)
+        return found
 
-        xs, captures = [], [[] for _ in at]
-        pools = self.hooks.pools(hooked.embed.stage, 1)
-        for i, (start, tokens, alive) in enumerate(at):
-            x, captured = steps.embed(config, hooked.embed.stage, ends, tokens, start, alive, pools, hooked.embed.given)
-            pools = _split(hooked.embed, captured, captures[i])
-            xs.append(x)
-        job.pools = [pools]
-        caches = []
-        for params, (stage, given) in zip(self.weights.layers, hooked.layers, strict=True):
+    def _seat(self, job: Job, caches: list[KVCache], first: DecodeState) -> None:
+        job.slot, job.first_step = self.slots.index(None), self.step
+        job.glimpse = functools.partial(self.glimpse, job)
+        self.caches = [steps.seated_cache(c, one, job.slot) for c, one in zip(self.caches, caches, strict=True)]
+        self.state = steps.seated(self.state, first, job.slot)
+        self._seat_pools(job)
+        self.slots[job.slot] = job
+
+    def _prefill(self, jobs: list[Job], interrupted: threading.Event) -> list[tuple[list[KVCache], DecodeState | None]]:
+        """Layer by layer, block by block; then the first new token, and the log-probabilities of the prompt."""
+        passes = [_Pass(job, self.hooks.prefill(job.row, cache_length(len(job.prompt)))) for job in jobs]
+        for one in passes:
+            self._embed(one)
+        for layer in range(self.config.num_layers):
             if interrupted.is_set():
                 raise KeyboardInterrupt
-            cache = KVCache.zeros(config, 1, cache_length(len(prompt)), self.dtype)
-            pools = self.hooks.pools(stage, 1)
-            for i, place in enumerate(at):
-                xs[i], cache, captured = steps.layer(config, stage, params, xs[i], cache, *place, pools, given)
-                pools = _split((stage, given), captured, captures[i])
-            caches.append(cache)
-            job.pools.append(pools)
-        first = self._first(job, xs[-1], len(prompt) - 1 - begins[-1], hooked) if job.limit else None
+            works = [self._work(one, layer) for one in passes]
+            run_layer(self.config, self.weights, layer, works)
+            for one, work in zip(passes, works, strict=True):
+                one.job.pools.append(work.pools)
+                if one.job.limit:
+                    one.caches.append(work.cache)
+        return [(one.caches, self._score(one)) for one in passes]
 
-        following = np.concatenate([padded[:, 1:], np.full((1, 1), -1)], axis=1).astype(np.int32)
-        following[0, len(prompt) - 1 :] = -1
-        pools = self.hooks.pools(hooked.head.stage, 1)
-        for i, (x, (start, tokens, alive)) in enumerate(zip(xs, at, strict=True)):
+    def _embed(self, one: "_Pass") -> None:
+        stage, given = one.hooked.embed
+        pools = self.hooks.pools(stage, 1)
+        for i, (start, tokens, live) in enumerate(one.at):
+            x, captured = steps.embed(self.config, stage, self.weights.ends, tokens, start, live, pools, given)
+            pools = _split(one.hooked.embed, captured, one.captures[i])
+            one.xs.append(x)
+        one.job.pools = [pools]
+
+    def _work(self, one: "_Pass", layer: int) -> Work:
+        stage, given = one.hooked.layers[layer]
+        cache = KVCache.zeros(self.config, 1, cache_length(len(one.job.prompt)), self.dtype)
+        return Work(stage, given, one.at, one.xs, cache, self.hooks.pools(stage, 1), one.captures)
+
+    def _score(self, one: "_Pass") -> DecodeState | None:
+        job, (stage, given), last = one.job, one.hooked.head, len(one.job.prompt) - 1
+        first = self._first(job, one.xs[-1], last - one.at[-1][0][0], one.hooked) if job.limit else None
+        following = np.full((1, sum(tokens.shape[1] for _, tokens, _ in one.at)), -1, np.int32)
+        following[0, :last] = job.prompt[1:]
+        pools = self.hooks.pools(stage, 1)
+        for i, (x, (start, tokens, live)) in enumerate(zip(one.xs, one.at, strict=True)):
             targets = following[:, start[0] : start[0] + tokens.shape[1]]
-            head = (start, tokens, alive, pools, hooked.head.given)
-            logprobs, captured = steps.score(config, hooked.head.stage, ends, x, np.maximum(targets, 0), *head)
-            pools = _split(hooked.head, captured, captures[i])
-            if first is not None and i == len(xs) - 1 and self.hooks.lenses:
-                targets = steps.noted(targets, first, len(prompt) - 1 - begins[-1])
-            job.blocks.append((int(start[0]), _sent((logprobs, self._stacked(captures[i], targets, job.row, start)))))
+            place = (start, tokens, live, pools, given)
+            logprobs, captured = steps.score(self.config, stage, self.weights.ends, x, np.maximum(targets, 0), *place)
+            pools = _split(one.hooked.head, captured, one.captures[i])
+            if first is not None and i == len(one.xs) - 1 and self.hooks.lenses:
+                targets = steps.noted(targets, first, last - start[0])
+            job.blocks.append(
+                (int(start[0]), _sent((logprobs, self._stacked(one.captures[i], targets, job.row, start))))
+            )
         job.pools.append(pools)
-        return caches, first
+        return first
 
     def _first(self, job: Job, x: jax.Array, last: int, hooked: Hooked) -> DecodeState:
         """The first generated token, drawn from the last position of the prompt."""
@@ -265,7 +306,7 @@ class Run:
 
     def _empty_slots(self) -> None:
         config, slots, length = self.config, self.num_slots, self.cache_length
-        self.caches = [KVCache.zeros(config, slots, length, self.dtype) for _ in self.weights.layers]
+        self.caches = [KVCache.zeros(config, slots, length, self.dtype) for _ in range(config.num_layers)]
         self.state = DecodeState.idle(slots)
         self.hooked = self.hooks.decode([None] * slots, length)
         made = [self.hooks.buffers(place, slots, COLUMNS, length, self.dtype) for place in self.hooks.places]
@@ -301,9 +342,12 @@ class Run:
         config, state, ends, column = self.config, self.state, self.weights.ends, self.step % COLUMNS
         stage, given = self.hooked.embed
         x, self.embed_buffers = steps.decode_embed(config, stage, ends, state, self.embed_buffers, given, column)
-        for i, (params, (stage, given)) in enumerate(zip(self.weights.layers, self.hooked.layers, strict=True)):
+        for i, (stage, given) in enumerate(self.hooked.layers):
+            if self.streamed:
+                x = self._streamed_step(i, x, column)
+                continue
             x, self.caches[i], self.layer_buffers[i] = steps.decode_layer(
-                config, stage, params, x, self.caches[i], state, self.layer_buffers[i], given, column
+                config, stage, self.weights.layers[i], x, self.caches[i], state, self.layer_buffers[i], given, column
             )
         stage, given = self.hooked.head
         self.state, self.head_buffers = steps.readout(
@@ -315,6 +359,18 @@ class Run:
         self.step += 1
         if self.step % COLUMNS == 0 and self.captures_decode:
             self._flush()
+
+    def _streamed_step(self, layer: int, x: jax.Array, column: int) -> jax.Array:
+        """`decode_layer` in the pieces that streamed weights take."""
+        (stage, given), state, buffers = self.hooked.layers[layer], self.state, self.layer_buffers[layer]
+        at = (state.positions, state.tokens[:, None], state.live[:, None])
+        pools = {kind.key: buffers.pop(kind.key) for kind in stage.captures if kind.pooled}
+        work = Work(stage, given, [at], [x], self.caches[layer], pools, [[]])
+        run_layer(self.config, self.weights, layer, [work])
+        captured = {key: value for _, key, value in work.captures[0]}
+        self.layer_buffers[layer] = steps.written(stage, buffers, captured, column) | work.pools
+        self.caches[layer] = work.cache
+        return work.xs[0]
 
     def _flush(self) -> None:
         """Sends the captures of the last steps, COLUMNS at most, to the host."""
@@ -438,10 +494,15 @@ class Run:
         self.ready.append(job)
 
 
-def shapes(lengths: list[tuple[int, int]], batch_size: int) -> tuple[int, int]:
-    """(slots, cache length) of the decode step for prompts of these lengths and limits; zeros if nothing is decoded."""
+def shapes(lengths: list[tuple[int, int]], batch_size: int, mesh: Mesh | None) -> tuple[int, int]:
+    """(slots, cache length) of the decode step for prompts of these lengths and limits; zeros if nothing is decoded.
+
+    On a mesh the data axis divides the slots.
+    """
     decoding = [(length, limit) for length, limit in lengths if limit]
     slots = min(batch_size, 1 << (len(decoding) - 1).bit_length()) if decoding else 0
+    data = 1 if mesh is None else mesh.shape["data"]
+    slots = -(-slots // data) * data
     return slots, max((cache_length(length + limit) for length, limit in decoding), default=0)
 
 

@@ -16,15 +16,18 @@ import jax
 import numpy as np
 
 from grokscope import look
-from grokscope.checkpoint import weights as weights_module
 from grokscope.checkpoint.ckpt0 import Checkpoint, Progress, open_checkpoint, slots
+from grokscope.checkpoint.weights import Reader, Streamed, Weights, default_form, streaming_memory
+from grokscope.checkpoint.weights import load as load_weights
 from grokscope.config import GrokConfig
+from grokscope.model import sharding
 from grokscope.model.quant import QuantizedWeight, dequantize
+from grokscope.model.sharding import make_mesh
 from grokscope.run import captures, edits
 from grokscope.run.captures import Wish
 from grokscope.run.decode import BATCH_SIZE, Job, Run
 from grokscope.run.dump import Dump, Writer
-from grokscope.run.plan import Plan, priced, refuse_over
+from grokscope.run.plan import Plan, as_bytes, priced, refuse_over
 from grokscope.run.sampling import Sampling
 from grokscope.run.staging import Hooks, misses
 from grokscope.run.staging import Sequence as Length
@@ -83,7 +86,9 @@ def load(
     path: Path | str | None = None,
     *,
     numerics: str | None = None,
-    weights: weights_module.Form | None = None,
+    weights: str | None = None,
+    mesh: str | None = None,
+    memory: int | str | None = None,
     tokenizer: Path | str | None = None,
     progress: Progress = iter,
 ) -> "Grok":
@@ -94,22 +99,36 @@ def load(
       numerics: "float32" (highest precision at every product) or "bfloat16" (as released); None is float32 on CPU and
         bfloat16 on GPU.
       weights: "expanded" to the type of the numerics, or "int8" with scales; None expands where memory allows, on CPU.
+        "streamed" leaves them on disk, from where layers are read while the model runs.
+      mesh: "DxM", data by model: weights, activations and cache over D * M devices; None is one device.
+      memory: bytes, or "20GB", that streamed weights may take on the devices; None is half of the machine's memory, or
+        0.8 of an accelerator's.
       tokenizer: a SentencePiece model; None is `tokenizer.model` of the checkpoint, if there is one.
       progress: wraps the tensors as they are read, as tqdm does.
 
     Raises:
-      FileNotFoundError, ValueError: no checkpoint there, or a file of it is missing or not what it should be.
+      FileNotFoundError, ValueError: no checkpoint there, or a file of it is missing or not what it should be; a mesh
+        that does not fit. MemoryError: too little `memory` to stream.
     """
     checkpoint = open_checkpoint(bundled_checkpoint() if path is None else path)
     if numerics is None:
         numerics = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if numerics not in NUMERICS:
         raise ValueError(f"numerics={numerics!r}; expected one of {', '.join(NUMERICS)}, or None")
-    if weights not in (None, "expanded", "int8"):
-        raise ValueError(f'weights={weights!r}; expected "expanded", "int8" or None')
+    if weights not in (None, "expanded", "int8", "streamed"):
+        raise ValueError(f'weights={weights!r}; expected "expanded", "int8", "streamed" or None')
+    if memory is not None and weights != "streamed":
+        raise ValueError(f'memory={memory!r} is for weights="streamed"; resident weights take what they take')
     model = checkpoint.tokenizer if tokenizer is None else Path(tokenizer)
     tokens = None if model is None else Tokenizer(model, checkpoint.config.vocab_size)
-    loaded = weights_module.load(checkpoint, jax.numpy.dtype(numerics), weights, progress)
+    dtype, devices = jax.numpy.dtype(numerics), mesh and make_mesh(mesh, checkpoint.config)
+    if weights == "streamed":
+        form = "expanded" if jax.default_backend() == "cpu" else "int8"
+        budget = streaming_memory(devices) if memory is None else as_bytes(memory)
+        loaded = Streamed(Reader(checkpoint, dtype, form, devices), budget)
+    else:
+        reader = Reader(checkpoint, dtype, weights or default_form(checkpoint.config, dtype), devices)
+        loaded = load_weights(reader, progress)
     return Grok(checkpoint, loaded, tokens, numerics)
 
 
@@ -122,15 +141,14 @@ class Grok:
       numerics: "float32" or "bfloat16".
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, weights: weights_module.Weights, tokenizer: Tokenizer | None, numerics: str
-    ):
+    def __init__(self, checkpoint: Checkpoint, weights: Weights | Streamed, tokenizer: Tokenizer | None, numerics: str):
         self.config: GrokConfig = checkpoint.config
         self.tokenizer = tokenizer
         self.numerics = numerics
         self._checkpoint = checkpoint
-        self._weights: weights_module.Weights | None = weights
+        self._weights: Weights | Streamed | None = weights
         self._form = weights.form
+        self._mesh = weights.mesh
         self._hash = checkpoint.hash()
         self._busy = threading.Lock()
 
@@ -250,7 +268,7 @@ class Grok:
             ]
         kept = captures.resolve(capture, self.config)
         hooks = Hooks(self.config, kept, (), [Length(len(p), max_new_tokens) for p in prompts])
-        return priced(hooks, batch_size, self.numerics)
+        return priced(hooks, batch_size, self.numerics, self._mesh)
 
     def dump(
         self,
@@ -450,7 +468,7 @@ class Grok:
                 f"follow, and it asks for {missed.where.json()}"
             )
         if budget is not None:
-            refuse_over(budget, priced(hooks, batch_size, self.numerics), hooks, batch_size, self.numerics)
+            refuse_over(budget, priced(hooks, batch_size, self.numerics, self._mesh), hooks, batch_size, self.numerics)
         rows = Sampling.rows(len(prompts), self.config.vocab_size, **sampling)
         jobs = [Job(prompt, limit, i, lambda *_: None) for i, prompt in enumerate(prompts)]
         if accept is not None:
@@ -553,6 +571,7 @@ class Grok:
             "weights": self._form,
             "sampling": {n: _of(v, job.row) for n, v in call.sampling.items()} if job.limit else None,
             "shapes": {"slots": run.num_slots, "cache_length": run.cache_length},
+            "mesh": sharding.name(self._mesh),
             "edits": call.edits,
             "finish": job.finish,
             "prompt": job.row,

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from grokscope.model.sharding import constrain, whole
 from grokscope.model.taps import TAPS, observed
 
 
@@ -22,12 +23,14 @@ from grokscope.model.taps import TAPS, observed
 class CaptureKind:
     """A capture as the compiler sees it: it gives `outputs`, or a pool that is called `key`.
 
+    dims: of what a step gives, without batch and layer; those of `in_step` in turn.
     positions: whether a prompt's are cut to those in given["positions"].
     """
 
     key: str
     tap: str
     outputs: tuple[str, ...]
+    dims: tuple[str, ...] = ()
     reduce: str | None = None
     k: int = 0
     axis: str | None = None
@@ -75,7 +78,7 @@ class Stage:
     width: int
 
     def __bool__(self) -> bool:
-        return bool(self.captures or self.edits)
+        return bool(self.captures or self.edits or self.width)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -107,17 +110,41 @@ class Given(NamedTuple):
     edits: tuple[dict, ...] = ()
 
 
+PIECES = ("expert_gate", "expert_hidden", "logits")
+"""A layer runs in pieces, so that streamed experts can follow the routing: the last tap of each."""
+
+
+def pieces(of_layer: Stage, given: Given) -> list[tuple[Stage, Given]]:
+    """The hooks of a layer, in three: before its experts, inside them, and behind."""
+    order = list(TAPS)
+    ends = [order.index(tap) for tap in PIECES]
+
+    def inside(piece: int, kind) -> bool:
+        return (ends[piece - 1] if piece else -1) < order.index(kind.tap) <= ends[piece]
+
+    found = []
+    for piece in range(len(PIECES)):
+        captures = [(kind, g) for kind, g in zip(of_layer.captures, given.captures, strict=True) if inside(piece, kind)]
+        edits = [(kind, g) for kind, g in zip(of_layer.edits, given.edits, strict=True) if inside(piece, kind)]
+        kinds = [tuple(kind for kind, _ in hooks) for hooks in (captures, edits)]
+        own = stage(*kinds, of_layer.width if piece == 0 or any(kinds) else 0)
+        found.append((own, Given(tuple(g for _, g in captures), tuple(g for _, g in edits))))
+    return found
+
+
 def with_hooks(fn: Callable, stage: Stage) -> Callable:
-    """function(given, pools, at, *args) -> (fn(*args), {key: captured}).
+    """function(given, pools, at, *args, chosen=None) -> (fn(*args), {key: captured}).
 
     Captured values have the dims of Kept.outputs behind a batch axis, those of several outputs as a tuple; pooled ones
-    are the pools of that name gone on with.
+    are the pools of that name gone on with. `chosen`: the experts, where the routing is not part of fn.
     """
     if not stage:
-        return lambda given, pools, at, *args: (fn(*args), {})
+        return lambda given, pools, at, *args, chosen=None: (fn(*args), {})
 
-    def hooked(given: Given, pools: dict, at: At, *args):
+    def hooked(given: Given, pools: dict, at: At, *args, chosen=None):
         observer = _Observer(stage, given, pools, at)
+        if chosen is not None:
+            observer.seen["expert_index"] = chosen
         with observed(observer):
             result = fn(*args)
         return result, observer.captured
@@ -156,8 +183,14 @@ class _Observer:
             if kind.tap == name:
                 found = self._captured(kind, given, value)
                 several = found if isinstance(found, tuple) and not kind.pooled else (found,)
-                self.captured |= zip(kind.in_step, several, strict=True)
+                self.captured |= zip(kind.in_step, self._laid_out(kind, several), strict=True)
         return value
+
+    def _laid_out(self, kind: CaptureKind, values: tuple) -> list:
+        """On a mesh, where the next step and the buffers expect them."""
+        if kind.pooled:
+            return [jax.tree.map(whole, value) for value in values]
+        return [constrain(value, "B" + dims) for value, dims in zip(values, kind.dims or [""], strict=True)]
 
     def _captured(self, kind: CaptureKind, given: dict, value: jax.Array):
         if "K" in TAPS[kind.tap].dims and kind.tap.startswith("expert_") and self.stage.width:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from grokscope import look
 from grokscope.run.captures import REDUCTIONS, Kept
@@ -53,9 +54,9 @@ class Plan:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def priced(hooks: Hooks, batch_size: int, dtype) -> Plan:
+def priced(hooks: Hooks, batch_size: int, dtype, mesh: Mesh | None = None) -> Plan:
     """The price of the captures of a call."""
-    slots, length = shapes([tuple(s) for s in hooks.sequences], batch_size)
+    slots, length = shapes([tuple(s) for s in hooks.sequences], batch_size, mesh)
     longest = max(range(len(hooks.sequences)), key=lambda p: hooks.sequences[p].prompt_length)
     rows = {}
     for kept in hooks.kept:

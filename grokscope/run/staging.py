@@ -8,11 +8,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from grokscope.config import GrokConfig
+from grokscope.model.sharding import replicated, zeros
 from grokscope.model.taps import TAPS
 from grokscope.run.captures import Kept
 from grokscope.run.edits import Change, Source
@@ -139,7 +139,8 @@ class Hooks:
 
     def _kind(self, kept: Kept, cut: bool) -> CaptureKind:
         k = kept.k if kept.reduce in ("topk", "lens") else 0
-        return CaptureKind(kept.key, kept.tap, tuple(kept.outputs()), kept.reduce, k, kept.axis, kept.classes, cut)
+        outputs, dims = tuple(kept.outputs()), tuple(dims for dims, _ in self.in_step(kept).values())
+        return CaptureKind(kept.key, kept.tap, outputs, dims, kept.reduce, k, kept.axis, kept.classes, cut)
 
     # For rows
 
@@ -212,7 +213,7 @@ class Hooks:
                 given["table"] = table
             if kept.labels is not None:
                 given["labels"] = kept.labels
-            memo[kept.key] = jax.device_put(given)
+            memo[kept.key] = replicated(given)
         return memo[kept.key]
 
     def _given_edit(self, edit: Stacked, place: Place, rows, length: int, memo: dict) -> dict[str, Any]:
@@ -221,7 +222,7 @@ class Hooks:
         layer = place if isinstance(place, int) else None
         key = (*map(id, changes), id(model.kind), layer if isinstance(model.value, Source) else None)
         if key not in memo:
-            memo[key] = jax.device_put(self._edit_arrays(model, changes, layer, rows, length))
+            memo[key] = replicated(self._edit_arrays(model, changes, layer, rows, length))
         own = {} if model.kind.fn is None else {"layer": np.int32(-1 if layer is None else layer)}
         return memo[key] | own
 
@@ -276,7 +277,7 @@ class Hooks:
             if not k.pooled:
                 sizes = self.dims(k) | {"T": columns, "S": length}
                 for key, (dims, own) in self.in_step(k).items():
-                    made[key] = jnp.zeros((slots, *(sizes[d] for d in dims)), own or dtype)
+                    made[key] = zeros("B" + dims, (slots, *(sizes[d] for d in dims)), own or dtype)
         return made
 
 

@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grokscope.config import GrokConfig
 from grokscope.model import transformer
-from grokscope.run.hooks import At, Stage, with_hooks
+from grokscope.model.sharding import constrain, whole
+from grokscope.run.hooks import At, Stage, pieces, with_hooks
 from grokscope.run.sampling import Method, Sampling, choose
 
 COLUMNS = 64  # decode steps between two transfers of captures
@@ -50,12 +51,39 @@ def _embed(config: GrokConfig, stage: Stage, params, tokens: Int[Array, "B T"], 
     return with_hooks(transformer.embed, stage)(given, pools, at, config, params, tokens)
 
 
-def _layer(config: GrokConfig, stage: Stage, params, x, cache, start, tokens, live, pools, given):
-    """One layer over a block x [B, T, D] from positions start [B] on; tokens, live [B, T]. Stream, cache, captures."""
+def _attend(config: GrokConfig, stage: Stage, params, x, cache, start, tokens, live, pools, given):
+    """A layer up to its routing, over a block x [B, T, D] from positions start [B] on; tokens, live [B, T].
+
+    What the experts need (Routed), cache, captures.
+    """
     at = _at(stage, start, tokens, live)
-    run = with_hooks(transformer.layer, stage)
-    (x, cache, _), captured = run(given, pools, at, config, params, x, cache, start, live)
-    return x, cache, captured
+    run = with_hooks(transformer.attend_and_route, stage)
+    (routed, cache), captured = run(given, pools, at, config, params, x, cache, start)
+    return routed, cache, captured
+
+
+def _experts(config: GrokConfig, stage: Stage, params, routed, start, tokens, live, pools, given):
+    """Outputs of the chosen experts [P, B, T, K, D], in parts, and captures."""
+    run = with_hooks(transformer.run_experts, stage)
+    at = _at(stage, start, tokens, live)
+    return run(given, pools, at, config, params, routed, live, chosen=routed.chosen)
+
+
+def _add(config: GrokConfig, stage: Stage, params, routed, parts, start, tokens, live, pools, given):
+    """Stream [B, T, D] after the layer, and captures."""
+    run = with_hooks(transformer.add_experts, stage)
+    at = _at(stage, start, tokens, live)
+    return run(given, pools, at, config, params, routed, parts, chosen=routed.chosen)
+
+
+def _layer(config: GrokConfig, stage: Stage, params, x, cache, start, tokens, live, pools, given):
+    """One layer over a block: stream, cache, captures."""
+    place = (start, tokens, live, pools)
+    (first, given_first), (second, given_second), (third, given_third) = pieces(stage, given)
+    routed, cache, captured = _attend(config, first, params, x, cache, *place, given_first)
+    parts, inside = _experts(config, second, params, routed, *place, given_second)
+    x, behind = _add(config, third, params, routed, parts, *place, given_third)
+    return x, cache, captured | inside | behind
 
 
 def _at(stage: Stage, start: Int[Array, " B"], tokens: Int[Array, "B T"], live: Bool[Array, "B T"]) -> At | None:
@@ -65,6 +93,17 @@ def _at(stage: Stage, start: Int[Array, " B"], tokens: Int[Array, "B T"], live: 
 
 embed = jax.jit(_embed, static_argnums=(0, 1))
 layer = jax.jit(_layer, static_argnums=(0, 1), donate_argnums=(4,))
+attend = jax.jit(_attend, static_argnums=(0, 1), donate_argnums=(4,))
+experts = jax.jit(_experts, static_argnums=(0, 1))
+add = jax.jit(_add, static_argnums=(0, 1))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def some_experts(config: GrokConfig, params, routed, live, which: Bool[Array, " E"], parts: Float[Array, "P B T K D"]):
+    """`parts` with the outputs of the experts in `which` put in; of these alone the parameters are what they should."""
+    own = (routed.chosen >= 0) & which[routed.chosen]
+    only = routed._replace(chosen=jnp.where(own, routed.chosen, -1))
+    return jnp.where(own[None, ..., None], transformer.run_experts(config, params, only, live), parts)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -72,7 +111,7 @@ def score(config: GrokConfig, stage: Stage, params, x, following: Int[Array, "B 
     """Log-probability [B, T] of each position's next token, and captures."""
     at = _at(stage, start, tokens, live)
     logits, captured = with_hooks(transformer.unembed, stage)(given, pools, at, config, params, x)
-    return _logprob(logits.astype(jnp.float32), following), captured
+    return whole(_logprob(logits.astype(jnp.float32), following)), captured
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -125,7 +164,7 @@ def readout(
     logits = logits[:, 0].astype(jnp.float32)
     tokens = choose(method, logits, state.positions + 1, sampling)
     state = DecodeState(tokens, _logprob(logits, tokens), state.positions + 1, state.live)
-    return state, _written(stage, buffers, captured, column)
+    return jax.tree.map(whole, state), _written(stage, buffers, captured, column)
 
 
 def _written(stage: Stage, buffers: dict, captured: dict, column) -> dict:
@@ -139,6 +178,9 @@ def _written(stage: Stage, buffers: dict, captured: dict, column) -> dict:
     }
 
 
+written = jax.jit(_written, static_argnums=0, donate_argnums=1)
+
+
 @functools.partial(jax.jit, donate_argnums=(0,))
 def noted(targets: Int[Array, "B N"], state: DecodeState, column) -> Int[Array, "B N"]:
     """The token that each slot draws next, in column `column`."""
@@ -147,35 +189,40 @@ def noted(targets: Int[Array, "B N"], state: DecodeState, column) -> Int[Array, 
 
 @jax.jit
 def stacked(captures: dict[str, list[jax.Array]]) -> dict[str, jax.Array]:
-    """{key: [layers, B, ...]}, as copies that the host may look at."""
-    return {key: jnp.stack(layers) for key, layers in captures.items()}
+    """{key: [layers, B, ...]}, as copies that this host may look at: where there are several, whole ones."""
+    here = whole if jax.process_count() > 1 else lambda x: x
+    return {key: here(jnp.stack(layers)) for key, layers in captures.items()}
 
 
 @jax.jit
 def seated_pools(pools: list[dict], rows: list[dict], slot) -> list[dict]:
     """The pools of one prompt in place of the slot's."""
-    return jax.tree.map(lambda all_, one: all_.at[slot].set(one[0]), pools, rows)
+    return jax.tree.map(lambda all_, one: whole(all_.at[slot].set(one[0])), pools, rows)
 
 
 @jax.jit
 def taken(pools: list[dict], slot) -> list[dict]:
     """The pools of a slot, as copies."""
-    return jax.tree.map(lambda all_: all_[slot], pools)
+    return jax.tree.map(lambda all_: whole(all_[slot]), pools)
 
 
 @jax.jit
 def seated(state: DecodeState, first: DecodeState, slot) -> DecodeState:
     """`first` (of one row) in place of the slot."""
-    return jax.tree.map(lambda all_, one: all_.at[slot].set(one[0]), state, first)
+    return jax.tree.map(lambda all_, one: whole(all_.at[slot].set(one[0])), state, first)
 
 
 @jax.jit
 def retired(state: DecodeState, slot) -> DecodeState:
     """The slot idle: it runs on, but no expert runs for it."""
-    return dataclasses.replace(state, live=state.live.at[slot].set(False))
+    return dataclasses.replace(state, live=whole(state.live.at[slot].set(False)))
 
 
 @functools.partial(jax.jit, donate_argnums=(0,))
 def seated_cache(cache: transformer.KVCache, row: transformer.KVCache, slot) -> transformer.KVCache:
     """The cache of one prompt, of the same length or shorter, in place of the slot's."""
-    return jax.tree.map(lambda all_, one: jax.lax.dynamic_update_slice(all_, one, (slot, 0, 0, 0)), cache, row)
+
+    def put(all_, one):
+        return constrain(jax.lax.dynamic_update_slice(all_, one, (slot, 0, 0, 0)), "BSGC")
+
+    return jax.tree.map(put, cache, row)

@@ -1,0 +1,103 @@
+"""Streamed weights give what resident ones give, and read what they must."""
+
+import numpy as np
+import pytest
+from conftest import small_config, write_random
+
+import grokscope as gs
+from grokscope.checkpoint.weights import stored_bytes
+
+TAPS = ("resid_post", "attn_pattern", "expert_out", "logits", gs.capture("resid_mid", reduce="moments"))
+PROMPTS = [np.arange(5, 5 + n) for n in (3, 40, 1, 17, 9)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_random(tmp_path_factory.mktemp("streamed") / "ckpt", small_config(num_layers=4))
+
+
+@pytest.fixture(scope="module")
+def sizes(checkpoint):
+    return stored_bytes(gs.load(checkpoint).config, np.dtype(np.float32), "expanded")
+
+
+def least(sizes) -> int:
+    return sizes.ends + 2 * sizes.attention + 2 * sizes.expert
+
+
+def equal(one: gs.Trace, other: gs.Trace) -> None:
+    assert one.tokens.tolist() == other.tokens.tolist()
+    for tap in other.taps:
+        np.testing.assert_array_equal(one[tap], other[tap], err_msg=tap)
+
+
+@pytest.mark.parametrize("experts", [0, 5, 14, 40])
+def test_streamed_is_resident(checkpoint, sizes, experts):
+    """To the bit, whatever the budget keeps, hooks and edits too, also those inside the experts."""
+    memory = least(sizes) + (4 * sizes.attention + experts * sizes.expert if experts else 0)
+    resident, streamed = gs.load(checkpoint), gs.load(checkpoint, weights="streamed", memory=memory)
+    for capture in (TAPS, "expert_hidden"):
+        for one, other in zip(
+            streamed.generate(PROMPTS, 6, capture=capture, batch_size=3),
+            resident.generate(PROMPTS, 6, capture=capture, batch_size=3),
+            strict=True,
+        ):
+            equal(one, other)
+    changes = (gs.route.ban(layers=1, experts=2), gs.route.force(0, experts=[1, 2, 3]), gs.ablate(experts=1, layers=2))
+    with streamed.edits(*changes), resident.edits(*changes):
+        for one, other in zip(streamed.trace(PROMPTS, TAPS), resident.trace(PROMPTS, TAPS), strict=True):
+            equal(one, other)
+    assert streamed._weights.nbytes <= memory
+
+
+def test_many_prompts_share_one_reading(checkpoint, sizes):
+    streamed = gs.load(checkpoint, weights="streamed", memory=least(sizes))
+    on_disk = sum(path.stat().st_size for path in (checkpoint / "ckpt-0").iterdir())
+    streamed.trace(PROMPTS * 4)
+    assert streamed._weights.bytes_read <= 1.3 * on_disk  # and the first layer's attention, read ahead
+
+
+def test_a_short_input_reads_the_experts_it_chose(checkpoint, sizes):
+    streamed = gs.load(checkpoint, weights="streamed", memory=least(sizes))
+    before = streamed._weights.bytes_read
+    trace = streamed.trace([7])
+    files = {slot.file: slot for own in streamed._weights._slots.values() for slot in own}
+    of_expert = sum(
+        (checkpoint / "ckpt-0" / file).stat().st_size / 8 for file, slot in files.items() if slot.param.dims[0] == "E"
+    ) / 4
+    attention = sum(
+        (checkpoint / "ckpt-0" / file).stat().st_size
+        for file, slot in files.items() if slot.layer is not None and slot.param.dims[0] != "E"
+    ) / 4  # fmt: skip
+    read = streamed._weights.bytes_read - before
+    assert trace["expert_index"].shape == (4, 1, 2)
+    assert read <= 4 * 2 * of_expert + 5 * attention + 1  # one layer's attention is read ahead
+
+
+def test_what_fits_is_read_once(checkpoint):
+    streamed = gs.load(checkpoint, weights="streamed")
+    streamed.trace(PROMPTS)
+    before = streamed._weights.bytes_read
+    streamed.trace(PROMPTS)
+    assert streamed._weights.bytes_read == before
+
+
+def test_budgets_that_are_none(checkpoint, sizes):
+    with pytest.raises(MemoryError, match=f"takes {least(sizes)} bytes at least"):
+        gs.load(checkpoint, weights="streamed", memory=least(sizes) - 1)
+    with pytest.raises(ValueError, match="streamed"):
+        gs.load(checkpoint, memory="20GB")
+    with pytest.raises(ValueError, match="bytes"):
+        gs.load(checkpoint, weights="streamed", memory="much")
+
+
+def test_a_file_that_goes_missing_says_so_and_the_model_goes_on(tmp_path):
+    path = write_random(tmp_path / "ckpt", small_config(num_layers=2))
+    grok = gs.load(path, weights="streamed", memory=300_000)
+    wanted = grok.trace([7, 8])
+    lost = path / "ckpt-0" / "tensor00002_000"
+    lost.rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError, match="tensor00002_000"):
+        grok.trace([7, 8])
+    (tmp_path / "away").rename(lost)
+    equal(grok.trace([7, 8]), wanted)
