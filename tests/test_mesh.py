@@ -50,7 +50,11 @@ def test_edits_reductions_and_dumps_on_a_mesh(random_checkpoint, tmp_path, mesh)
     found = []
     for kw in ({}, {"mesh": mesh}):
         grok = gs.load(random_checkpoint, **kw)
-        changes = (gs.route.ban(layers=1, experts=2), gs.ablate(heads=0, layers=2), gs.route.force(0, experts=[1, 2, 3]))
+        changes = (
+            gs.route.ban(layers=1, experts=2),
+            gs.ablate(heads=0, layers=2),
+            gs.route.force(layers=0, experts=[1, 2, 3]),
+        )
         with grok.edits(*changes):
             traces = grok.generate(PROMPTS, 5, capture=wishes)
         grok.dump(PROMPTS, tmp_path / str(kw), 3, capture="resid_post", batch_size=2)

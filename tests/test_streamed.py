@@ -43,7 +43,11 @@ def test_streamed_is_resident(checkpoint, sizes, experts):
             strict=True,
         ):
             equal(one, other)
-    changes = (gs.route.ban(layers=1, experts=2), gs.route.force(0, experts=[1, 2, 3]), gs.ablate(experts=1, layers=2))
+    changes = (
+        gs.route.ban(layers=1, experts=2),
+        gs.route.force(layers=0, experts=[1, 2, 3]),
+        gs.ablate(experts=1, layers=2),
+    )
     with streamed.edits(*changes), resident.edits(*changes):
         for one, other in zip(streamed.trace(PROMPTS, TAPS), resident.trace(PROMPTS, TAPS), strict=True):
             equal(one, other)
@@ -62,9 +66,14 @@ def test_a_short_input_reads_the_experts_it_chose(checkpoint, sizes):
     before = streamed._weights.bytes_read
     trace = streamed.trace([7])
     files = {slot.file: slot for own in streamed._weights._slots.values() for slot in own}
-    of_expert = sum(
-        (checkpoint / "ckpt-0" / file).stat().st_size / 8 for file, slot in files.items() if slot.param.dims[0] == "E"
-    ) / 4
+    of_expert = (
+        sum(
+            (checkpoint / "ckpt-0" / file).stat().st_size / 8
+            for file, slot in files.items()
+            if slot.param.dims[0] == "E"
+        )
+        / 4
+    )
     attention = sum(
         (checkpoint / "ckpt-0" / file).stat().st_size
         for file, slot in files.items() if slot.layer is not None and slot.param.dims[0] != "E"

@@ -94,6 +94,14 @@ def per_shard(fn: Callable, in_specs, out_specs) -> Callable:
     return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
+def parts(dims: Sequence[str], sizes: Sequence[int], mesh: Mesh | None) -> int:
+    """Into how many parts the table cuts an array."""
+    if mesh is None:
+        return 1
+    lengths = dict(mesh.shape)
+    return math.prod(lengths[axis] for axis in spec(dims, sizes, lengths) if axis)
+
+
 def placed(mesh: Mesh, dims: Sequence[str], sizes: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, spec(dims, sizes, dict(mesh.shape)))
 

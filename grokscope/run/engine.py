@@ -412,7 +412,11 @@ class Grok:
         if self._weights is None:
             return facts | {"weights": "closed"}
         size = look.si(self._weights.nbytes, "B")
-        return facts | {"weights": f"{self.numerics}, {self._form} weights {size} on {jax.default_backend()}"}
+        kind = f"{self._form} weights {size}"
+        if isinstance(self._weights, Streamed):
+            kind = f"weights streamed within {look.si(self._weights.memory, 'B')}, {size} held now"
+        where = jax.default_backend() + (f" {sharding.name(self._mesh)}" if self._mesh else "")
+        return facts | {"weights": f"{self.numerics}, {kind} on {where}"}
 
     def _repr_html_(self) -> str:
         return look.facts_html(f"Grok({self.name})", self._facts())

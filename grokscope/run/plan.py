@@ -1,6 +1,6 @@
 """What a run keeps in bytes, from shapes alone: nothing is compiled, allocated or run.
 
-device: buffers of the decode step, their copy while it goes to the host, and the captures of the longest prompt. host:
+device, on a mesh each of them: buffers of the decode step, their copy while it goes to the host, and the captures of the longest prompt. host:
 the arrays of all Traces, if every prompt makes all its tokens. disk: the same arrays in a dump; its headers, texts and
 tables are not counted.
 """
@@ -15,9 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grokscope import look
+from grokscope.model.sharding import parts
 from grokscope.run.captures import REDUCTIONS, Kept
 from grokscope.run.decode import block_lengths, cache_length, shapes
-from grokscope.run.staging import Hooks, place_of
+from grokscope.run.staging import Hooks
 from grokscope.run.steps import COLUMNS
 
 
@@ -61,23 +62,25 @@ def priced(hooks: Hooks, batch_size: int, dtype, mesh: Mesh | None = None) -> Pl
     rows = {}
     for kept in hooks.kept:
         num_layers = 1 if kept.layers is None else len(kept.layers)
-        device = num_layers * (_decode(hooks, kept, slots, length, dtype) + _prompt(hooks, kept, longest, dtype))
+        decode = _decode(hooks, kept, slots, length, dtype, mesh)
+        device = num_layers * (decode + _prompt(hooks, kept, longest, dtype, mesh))
         host = num_layers * sum(_host(hooks, kept, prompt, dtype) for prompt in range(len(hooks.sequences)))
         rows[kept.key] = {"device": device, "host": host, "disk": host}
     return Plan(rows, len(hooks.sequences), sum(s.longest for s in hooks.sequences))
 
 
-def _decode(hooks: Hooks, kept: Kept, slots: int, length: int, dtype) -> int:
-    place = place_of(kept.tap) if kept.layers is None else kept.layers[0]
+def _decode(hooks: Hooks, kept: Kept, slots: int, length: int, dtype, mesh: Mesh | None) -> int:
     if not slots or not hooks.reaches(kept)[1]:
         return 0
-    made = jax.eval_shape(lambda: hooks.buffers(place, slots, COLUMNS, length, dtype))
     if kept.pooled:
-        return _nbytes(made[kept.key])
-    return 2 * sum(_nbytes(made[key]) for key in hooks.in_step(kept))
+        return _nbytes(jax.eval_shape(lambda: hooks.pool(kept, slots)))
+    return 2 * sum(
+        math.prod(shape) // parts(dims, shape, mesh) * np.dtype(own).itemsize
+        for dims, shape, own in hooks.buffer_shapes(kept, slots, COLUMNS, length, dtype).values()
+    )
 
 
-def _prompt(hooks: Hooks, kept: Kept, prompt: int, dtype) -> int:
+def _prompt(hooks: Hooks, kept: Kept, prompt: int, dtype, mesh: Mesh | None) -> int:
     n, positions = hooks.sequences[prompt].prompt_length, hooks.prompt_positions(kept, prompt)
     if not len(positions):
         return 0
@@ -87,7 +90,7 @@ def _prompt(hooks: Hooks, kept: Kept, prompt: int, dtype) -> int:
     cut = padded < n
     lengths = [padded if cut else block for block in block_lengths(n)]
     sizes = hooks.dims(kept) | {"T": sum(lengths), "S": cache_length(n)}
-    return _size(kept, sizes, dtype)
+    return _size(kept, sizes, dtype, mesh)
 
 
 def _host(hooks: Hooks, kept: Kept, prompt: int, dtype) -> int:
@@ -98,9 +101,9 @@ def _host(hooks: Hooks, kept: Kept, prompt: int, dtype) -> int:
     return _size(kept, hooks.dims(kept) | {"T": positions, "S": sequence.longest}, dtype)
 
 
-def _size(kept: Kept, sizes: dict[str, int], dtype) -> int:
-    outputs = kept.outputs().values()
-    return sum(math.prod(sizes[d] for d in dims) * np.dtype(own or dtype).itemsize for dims, own in outputs)
+def _size(kept: Kept, sizes: dict[str, int], dtype, mesh: Mesh | None = None) -> int:
+    shapes = [(dims, tuple(sizes[d] for d in dims), own or dtype) for dims, own in kept.outputs().values()]
+    return sum(math.prod(shape) // parts(dims, shape, mesh) * np.dtype(own).itemsize for dims, shape, own in shapes)
 
 
 def _nbytes(tree: Any) -> int:

@@ -274,11 +274,20 @@ class Hooks:
         of_place, kept, _ = self._decode[place]
         made = self.pools(of_place, slots)
         for k in kept:
-            if not k.pooled:
-                sizes = self.dims(k) | {"T": columns, "S": length}
-                for key, (dims, own) in self.in_step(k).items():
-                    made[key] = zeros("B" + dims, (slots, *(sizes[d] for d in dims)), own or dtype)
+            made |= {
+                key: zeros(*of_key) for key, of_key in self.buffer_shapes(k, slots, columns, length, dtype).items()
+            }
         return made
+
+    def buffer_shapes(self, kept: Kept, slots: int, columns: int, length: int, dtype) -> dict[str, tuple]:
+        """{key: (dims, shape, dtype)} of a capture's buffers at one place; none of a pool."""
+        if kept.pooled:
+            return {}
+        sizes = self.dims(kept) | {"B": slots, "T": columns, "S": length}
+        return {
+            key: ("B" + dims, tuple(sizes[d] for d in "B" + dims), own or dtype)
+            for key, (dims, own) in self.in_step(kept).items()
+        }
 
 
 def _experts_needed(change: Change) -> int:
