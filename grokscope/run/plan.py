@@ -1,8 +1,8 @@
 """What a run keeps in bytes, from shapes alone: nothing is compiled, allocated or run.
 
-device, on a mesh each of them: buffers of the decode step, their copy while it goes to the host, and the captures of the longest prompt. host:
-the arrays of all Traces, if every prompt makes all its tokens. disk: the same arrays in a dump; its headers, texts and
-tables are not counted.
+device (on a mesh, each of them): buffers of the decode step, their copy while it goes to the host, and the captures of
+the longest prompt. host: the arrays of all Traces, if every prompt makes all its tokens. disk: the same arrays in a
+dump; its headers, texts and tables are not counted.
 """
 
 import dataclasses
