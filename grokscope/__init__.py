@@ -20,6 +20,9 @@ _NAMES = {
     "Loss": "grokscope.run.engine",
     "TokenEvent": "grokscope.run.engine",
     "load": "grokscope.run.engine",
+    "cluster": "grokscope.notebook.cluster",
+    "Cluster": "grokscope.notebook.cluster",
+    "ClusterError": "grokscope.notebook.cluster",
     "Trace": "grokscope.run.trace",
     "open": "grokscope.run.dump",
     "Dump": "grokscope.run.dump",
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
     from grokscope.config import GROK_1, GrokConfig
     from grokscope.model.taps import TAPS
     from grokscope.notebook import plots as plot
+    from grokscope.notebook.cluster import Cluster, ClusterError, cluster
     from grokscope.notebook.widgets.explore import explore, view
     from grokscope.run.captures import REDUCTIONS, capture
     from grokscope.run.dump import Dump, open

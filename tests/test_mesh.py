@@ -66,7 +66,9 @@ def test_edits_reductions_and_dumps_on_a_mesh(random_checkpoint, tmp_path, mesh)
 
 @pytest.mark.parametrize("groups", [1, 2, 7, 8])
 def test_scale_groups_of_any_number_on_any_model_axis(tmp_path, groups):
-    path = write_random(tmp_path / "ckpt", small_config(emb_size=56, key_size=14, num_layers=1, widening_factor=1.5), groups=groups)
+    path = write_random(
+        tmp_path / "ckpt", small_config(emb_size=56, key_size=14, num_layers=1, widening_factor=1.5), groups=groups
+    )
     whole = gs.load(path, weights="int8").trace(PROMPTS[1], capture="logits")
     for mesh in ("1x4", "1x8", "1x7"):
         for form in ("int8", "expanded"):

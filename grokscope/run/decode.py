@@ -143,18 +143,23 @@ class Run:
         it came too late to cut anything short, KeyboardInterrupt is raised at the end."""
         pressed = False
         while True:
-            with _deferred_interrupt() as interrupted, on(self.weights.mesh):
+            with deferred_interrupt() as interrupted:
                 while not self.ready and not self.over:
-                    try:
-                        self._turn(interrupted)
-                    except KeyboardInterrupt:
-                        self._cut_short()
+                    self.turn(interrupted)
                 pressed |= interrupted.is_set()
             if not self.ready:
                 break
             yield self.ready.popleft()
         if pressed and not self.cut_short:
             raise KeyboardInterrupt
+
+    def turn(self, interrupted: threading.Event) -> None:
+        """Prompts into free slots and one decode step. What is done then lies in `ready`; at the end it is `over`."""
+        with on(self.weights.mesh):
+            try:
+                self._turn(interrupted)
+            except KeyboardInterrupt:
+                self._cut_short()
 
     def _cut_short(self) -> None:
         running = [job for job in self.slots if job]
@@ -439,7 +444,7 @@ class Run:
         held = [own[key] for own in (self.embed_buffers, *self.layer_buffers, self.head_buffers) if key in own]
         if not held:
             raise KeyError(f"{key!r} is not captured at generated tokens")
-        return np.stack([np.asarray(buffer[job.slot, column]) for buffer in held])
+        return np.asarray(steps.glimpsed(held, job.slot, column))
 
     def _land_chunk(self) -> None:
         """The last chunk is here: each job gets its steps of it, and those that have all are done."""
@@ -569,7 +574,7 @@ def _landed(tree):
 
 
 @contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
+def deferred_interrupt() -> Iterator[threading.Event]:
     """An event that Ctrl-C sets, so that no step is torn; it takes effect before the next step, layer of a prompt or
     prompt. A second Ctrl-C interrupts at once. Other threads receive no Ctrl-C; a process that
     ignores it, as one in the background of a shell does, goes on ignoring it."""

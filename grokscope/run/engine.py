@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 
 from grokscope import look
 from grokscope.checkpoint.ckpt0 import Checkpoint, Progress, open_checkpoint, slots
@@ -72,6 +73,29 @@ class Loss:
     num_bytes: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """What ends a continuation, and who is told of its tokens."""
+
+    at_eos: bool
+    strings: tuple[str, ...]
+    on_token: Callable[[TokenEvent], None] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call that was checked and has not begun."""
+
+    hooks: Hooks
+    changes: tuple["edits.Change", ...]
+    rows: Sampling
+    jobs: list[Job]
+    batch_size: int
+    ending: Ending | None
+    sampling: dict
+    edits: list[dict]
+
+
 def bundled_checkpoint() -> Path:
     """Where grok-1-mini lies: inside an installed package, or in `checkpoints/` of a clone."""
     package = Path(__file__).parents[1]
@@ -119,8 +143,7 @@ def load(
         raise ValueError(f'weights={weights!r}; expected "expanded", "int8", "streamed" or None')
     if memory is not None and weights != "streamed":
         raise ValueError(f'memory={memory!r} is for weights="streamed"; resident weights take what they take')
-    model = checkpoint.tokenizer if tokenizer is None else Path(tokenizer)
-    tokens = None if model is None else Tokenizer(model, checkpoint.config.vocab_size)
+    tokens = open_tokenizer(checkpoint, tokenizer)
     dtype, devices = jax.numpy.dtype(numerics), mesh and make_mesh(mesh, checkpoint.config)
     if weights == "streamed":
         form = "expanded" if jax.default_backend() == "cpu" else "int8"
@@ -130,6 +153,12 @@ def load(
         reader = Reader(checkpoint, dtype, weights or default_form(checkpoint.config, dtype), devices)
         loaded = load_weights(reader, progress)
     return Grok(checkpoint, loaded, tokens, numerics)
+
+
+def open_tokenizer(checkpoint: Checkpoint, path: Path | str | None) -> Tokenizer | None:
+    """That of the path, or the checkpoint's own, if there is one."""
+    model = checkpoint.tokenizer if path is None else Path(path)
+    return None if model is None else Tokenizer(model, checkpoint.config.vocab_size)
 
 
 class Grok:
@@ -142,13 +171,21 @@ class Grok:
     """
 
     def __init__(self, checkpoint: Checkpoint, weights: Weights | Streamed, tokenizer: Tokenizer | None, numerics: str):
+        self._describe(checkpoint, tokenizer, numerics, weights.form, weights.mesh)
+        self._weights: Weights | Streamed | None = weights
+
+    def _describe(
+        self,
+        checkpoint: Checkpoint,
+        tokenizer: Tokenizer | None,
+        numerics: str,
+        form: str,
+        mesh: Mesh | AbstractMesh | None,
+    ) -> None:
         self.config: GrokConfig = checkpoint.config
         self.tokenizer = tokenizer
         self.numerics = numerics
-        self._checkpoint = checkpoint
-        self._weights: Weights | Streamed | None = weights
-        self._form = weights.form
-        self._mesh = weights.mesh
+        self._checkpoint, self._form, self._mesh = checkpoint, form, mesh
         self._hash = checkpoint.hash()
         self._busy = threading.Lock()
 
@@ -204,8 +241,8 @@ class Grok:
             running.
         """
         sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        accept = self._accepting(stop_at_eos, stop, on_token)
-        return self._all(x, _limit(max_new_tokens), capture, sampling, batch_size, accept, budget)
+        ending = self._ending(stop_at_eos, stop, on_token)
+        return self._all(x, _limit(max_new_tokens), capture, sampling, batch_size, ending, budget)
 
     def stream(
         self,
@@ -234,8 +271,8 @@ class Grok:
         ids, single = self._prompts(prompts, _limit(max_new_tokens))
         if single:
             raise TypeError("stream takes a list of prompts; for one there is generate")
-        accept = self._accepting(stop_at_eos, stop, on_token)
-        return self._traces(self._prepared(ids, max_new_tokens, capture, sampling, batch_size, accept, budget), ordered)
+        ending = self._ending(stop_at_eos, stop, on_token)
+        return self._traces(self._prepared(ids, max_new_tokens, capture, sampling, batch_size, ending, budget), ordered)
 
     def plan(
         self,
@@ -302,8 +339,8 @@ class Grok:
         if single:
             raise TypeError("dump takes a list of prompts; one Trace has save")
         sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        accept = self._accepting(stop_at_eos, None, None) if limit else None
-        call = self._prepared(ids, limit, capture, sampling, batch_size, accept, budget)
+        ending = self._ending(stop_at_eos, None, None) if limit else None
+        call = self._prepared(ids, limit, capture, sampling, batch_size, ending, budget)
         about = self._about(call, ids, limit, capture, bool(stop_at_eos))
         with Writer(directory, about, len(ids), resume=resume) as writer:
             done = writer.done
@@ -318,7 +355,7 @@ class Grok:
             raise KeyboardInterrupt
         return found
 
-    def _about(self, call: "_Call", ids: list[np.ndarray], limit: int, capture, stop_at_eos: bool) -> dict:
+    def _about(self, call: Call, ids: list[np.ndarray], limit: int, capture, stop_at_eos: bool) -> dict:
         """What makes a dump the dump of this run; JSON."""
         digest = hashlib.sha256(b"".join(len(p).to_bytes(8) + p.tobytes() for p in ids)).hexdigest()
         return {
@@ -401,14 +438,17 @@ class Grok:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _facts(self) -> dict[str, str]:
+    def _shape_facts(self) -> dict[str, str]:
         c = self.config
-        facts = {
+        return {
             "size": f"{look.si(c.num_parameters)} parameters, {look.si(c.num_active_parameters)} active",
             "layers": f"{c.num_layers} layers, D {c.emb_size}, {c.num_q_heads}/{c.num_kv_heads} heads",
             "experts": f"{c.num_experts} experts top {c.num_selected_experts}",
             "context": f"context {c.sequence_len}",
         }
+
+    def _facts(self) -> dict[str, str]:
+        facts = self._shape_facts()
         if self._weights is None:
             return facts | {"weights": "closed"}
         size = look.si(self._weights.nbytes, "B")
@@ -422,8 +462,6 @@ class Grok:
         return look.facts_html(f"Grok({self.name})", self._facts())
 
     def __repr__(self) -> str:
-        if self._weights is None:
-            return f"Grok({self.name}, closed)"
         return f"Grok({self.name}: {'; '.join(self._facts().values())})"
 
     # Running
@@ -438,25 +476,25 @@ class Grok:
         finally:
             self._busy.release()
 
-    def _accepting(self, stop_at_eos: bool, stop, on_token):
+    def _ending(self, stop_at_eos: bool, stop, on_token) -> Ending:
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not all(isinstance(s, str) and s for s in stops):
             raise ValueError(f"stop={stop!r}: expected non-empty strings")
         if stops and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and this checkpoint has none; stop in on_token instead")
-        return functools.partial(self._accept, stop_at_eos=stop_at_eos, stops=stops, on_token=on_token)
+        return Ending(bool(stop_at_eos), stops, on_token)
 
-    def _all(self, x: Prompts, limit: int, capture, sampling: dict, batch_size, accept, budget) -> Trace | list[Trace]:
+    def _all(self, x: Prompts, limit: int, capture, sampling: dict, batch_size, ending, budget) -> Trace | list[Trace]:
         prompts, single = self._prompts(x, limit)
-        prepared = self._prepared(prompts, limit, capture, sampling, batch_size, accept, budget)
+        prepared = self._prepared(prompts, limit, capture, sampling, batch_size, ending, budget)
         traces = sorted(self._traces(prepared, ordered=False), key=lambda trace: trace.meta["prompt"])
         if single and not traces:
             raise KeyboardInterrupt
         return traces[0] if single else traces
 
     def _prepared(
-        self, prompts: list[np.ndarray], limit: int, capture, sampling: dict, batch_size, accept, budget
-    ) -> "_Call":
+        self, prompts: list[np.ndarray], limit: int, capture, sampling: dict, batch_size, ending, budget
+    ) -> Call:
         """A call, checked, with the edits of this moment."""
         if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}: expected a whole number from 1")
@@ -474,17 +512,23 @@ class Grok:
         if budget is not None:
             refuse_over(budget, priced(hooks, batch_size, self.numerics, self._mesh), hooks, batch_size, self.numerics)
         rows = Sampling.rows(len(prompts), self.config.vocab_size, **sampling)
-        jobs = [Job(prompt, limit, i, lambda *_: None) for i, prompt in enumerate(prompts)]
-        if accept is not None:
-            for job in jobs:
-                job.accept = functools.partial(accept, job, _Watch(self.tokenizer))
-        return _Call(hooks, rows, jobs, int(batch_size), sampling, [edit.json() for edit in made])
+        jobs = [self.job(prompt, limit, row, ending) for row, prompt in enumerate(prompts)]
+        return Call(hooks, changes, rows, jobs, int(batch_size), ending, sampling, [edit.json() for edit in made])
 
-    def _traces(self, call: "_Call", ordered: bool, todo: list[Job] | None = None) -> Iterator[Trace]:
+    def job(self, prompt: np.ndarray, limit: int, row: int, ending: Ending | None) -> Job:
+        job = Job(prompt, limit, row, lambda *_: None)
+        if ending is not None:
+            job.accept = functools.partial(self._accept, job, _Watch(self.tokenizer), ending)
+        return job
+
+    def _run(self, call: Call, todo: list[Job] | None) -> Run:
+        if self._weights is None:
+            raise RuntimeError("this Grok was closed; load it again")
+        return Run(self.config, self._weights, call.hooks, call.rows, call.jobs, call.batch_size, todo)
+
+    def _traces(self, call: Call, ordered: bool, todo: list[Job] | None = None) -> Iterator[Trace]:
         with self._alone():
-            if self._weights is None:
-                raise RuntimeError("this Grok was closed; load it again")
-            run = Run(self.config, self._weights, call.hooks, call.rows, call.jobs, call.batch_size, todo)
+            run = self._run(call, todo)
             done: dict[int, Trace] = {}
             following, kept = 0, set()
             for job in run.results():
@@ -499,14 +543,14 @@ class Grok:
                 if not kept & set(missed.outputs()):
                     warnings.warn(f"capture {missed.key!r} is empty: every sequence ended before it", stacklevel=3)
 
-    def _accept(self, job: Job, watch: "_Watch", token: int, logprob: float, *, stop_at_eos, stops, on_token):
+    def _accept(self, job: Job, watch: "_Watch", ending: Ending, token: int, logprob: float) -> str | None:
         """Reports a token; says why to stop after it."""
         text = watch.read(token)
-        if on_token is not None:
-            on_token(TokenEvent(job.row, len(job.tokens) - 1, token, text, logprob, job.glimpse))
-        if stop_at_eos and token == self.config.eos_token:
+        if ending.on_token is not None:
+            ending.on_token(TokenEvent(job.row, len(job.tokens) - 1, token, text, logprob, job.glimpse))
+        if ending.at_eos and token == self.config.eos_token:
             return "eos"
-        return "stop" if any(s in watch.text[-len(s) - len(text) :] for s in stops) else None
+        return "stop" if any(s in watch.text[-len(s) - len(text) :] for s in ending.strings) else None
 
     def _prompts(self, x: Prompts, limit: int) -> tuple[list[np.ndarray], bool]:
         """Ids of each prompt, and whether `x` was one prompt rather than a list."""
@@ -557,7 +601,7 @@ class Grok:
             )
         return ids.astype(np.int32)
 
-    def _trace(self, job: Job, run: Run, call: "_Call") -> Trace:
+    def _trace(self, job: Job, run: Run, call: Call) -> Trace:
         tokens = np.array(job.tokens, np.int32)
         n = len(job.prompt)
         if self.tokenizer is None:
@@ -618,18 +662,6 @@ class _Edited:
 
     def __exit__(self, *_) -> None:
         _EDITS.reset(self._before.pop())
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """A call that was checked and has not begun."""
-
-    hooks: Hooks
-    rows: Sampling
-    jobs: list[Job]
-    batch_size: int
-    sampling: dict
-    edits: list[dict]
 
 
 def _limit(max_new_tokens) -> int:

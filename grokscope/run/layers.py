@@ -66,8 +66,8 @@ def _streamed(config: GrokConfig, weights: Streamed, layer: int, works: list[Wor
     hooks = [pieces(work.stage, work.given) for work in works]
     routed = [_attended(config, params, work, own[0]) for work, own in zip(works, hooks, strict=True)]
     blocks = [(place, block) for work, own in zip(works, routed, strict=True) for place, block in zip(work.at, own)]
-    chosen = {e for (_, _, live), block in blocks for e in np.unique(np.asarray(block.chosen)[np.asarray(live)])}
-    chosen = {int(e) for e in chosen if e >= 0}
+    taken = [steps.chosen_experts(config.num_experts, block.chosen, live) for (_, _, live), block in blocks]
+    chosen = set(np.flatnonzero(np.any([np.asarray(of_block) for of_block in taken], axis=0)).tolist())
     if any(second[0] for _, second, _ in hooks):  # their hooks want to see all experts at once
         own = _all_experts(weights, layer, chosen)
         parts = [_hooked_experts(config, own, work, r, h[1]) for work, r, h in zip(works, routed, hooks, strict=True)]

@@ -195,6 +195,18 @@ def stacked(captures: dict[str, list[jax.Array]]) -> dict[str, jax.Array]:
 
 
 @jax.jit
+def glimpsed(buffers: list[jax.Array], slot, column) -> jax.Array:
+    """One position [layers, ...] of a slot's buffers."""
+    return whole(jnp.stack([buffer[slot, column] for buffer in buffers]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def chosen_experts(num_experts: int, chosen: Int[Array, "B T K"], live: Bool[Array, "B T"]) -> Bool[Array, " E"]:
+    """Which experts any live token takes."""
+    return whole(jnp.any((chosen[..., None] == jnp.arange(num_experts)) & live[..., None, None], axis=(0, 1, 2)))
+
+
+@jax.jit
 def seated_pools(pools: list[dict], rows: list[dict], slot) -> list[dict]:
     """The pools of one prompt in place of the slot's."""
     return jax.tree.map(lambda all_, one: whole(all_.at[slot].set(one[0])), pools, rows)

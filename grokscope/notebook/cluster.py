@@ -1,0 +1,259 @@
+"""A Grok whose devices are those of several processes, on one host or many, driven from here through ipyparallel.
+
+Every engine makes the same calls in the same order (grokscope.run.worker), one turn at a time. This process checks the
+calls, hears the tokens, and builds the Traces; captures are gathered once, on the engines, and come from the first.
+An engine that is lost takes the JAX job with it: every wait watches for that, and says so at once.
+"""
+
+import contextlib
+import functools
+import pickle
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+import ipyparallel
+import jax
+import numpy as np
+import psutil
+from ipyparallel.error import EngineError
+from jax.sharding import AbstractMesh
+
+from grokscope import look
+from grokscope.checkpoint.ckpt0 import open_checkpoint
+from grokscope.run import worker
+from grokscope.run.decode import Job, Run, deferred_interrupt
+from grokscope.run.engine import Call, Grok, TokenEvent, bundled_checkpoint, open_tokenizer
+from grokscope.run.worker import Loaded, Request, Turn
+
+if TYPE_CHECKING:
+    pass
+
+POLL = 0.02  # seconds between two looks at the engines
+GRACE = 10.0  # seconds that engines may lag behind one that has failed
+
+
+class ClusterError(RuntimeError):
+    """The engines are lost; `restart()` brings them back."""
+
+
+def cluster(
+    path: Path | str | None = None,
+    *,
+    n: int | None = None,
+    engines: str | type | ipyparallel.Client = "local",
+    mesh: str | None = None,
+    numerics: str | None = None,
+    weights: str | None = None,
+    memory: int | str | None = None,
+    tokenizer: Path | str | None = None,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 600.0,
+    **launcher: Any,
+) -> "Cluster":
+    """A model over the devices of several processes, with the interface of Grok.
+
+    Args:
+      path: of the checkpoint, at the same place on every host; read here for its config and tokenizer.
+      n: engines, one process each; usually one a host or one a GPU.
+      engines: "local", "slurm", "mpi", "ssh" or any launcher of ipyparallel; or an ipyparallel.Client whose engines are
+        taken as they are, and are not stopped by `close`.
+      mesh: "DxM" over all devices of all processes; None is "1x" all.
+      environment: variables that engines start with, such as JAX_PLATFORMS or CUDA_VISIBLE_DEVICES.
+      timeout: seconds for engines to come, queue time included, and then to load.
+      launcher: what ipyparallel.Cluster takes besides, such as controller_ip, profile or engine_launcher_class options.
+      numerics, weights, memory, tokenizer: as in `load`.
+
+    Raises:
+      ClusterError: engines that do not come, or are lost. What `load` raises, from the engines.
+    """
+    arguments = dict(path=path, mesh=mesh, numerics=numerics, weights=weights, memory=memory, tokenizer=tokenizer)
+    if not isinstance(engines, ipyparallel.Client) and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+        raise ValueError(f"n={n!r}: expected how many engines to start, from 1")
+    return Cluster(arguments, dict(n=n, engines=engines, **launcher), dict(environment or {}), timeout)
+
+
+class Cluster(Grok):
+    """See `cluster`."""
+
+    def __init__(self, arguments: dict, options: dict, environment: dict[str, str], timeout: float):
+        path = arguments["path"]
+        checkpoint = open_checkpoint(bundled_checkpoint() if path is None else path)
+        self._arguments = arguments | {"path": str(checkpoint.directory.resolve())}
+        self._options, self._environment, self._timeout = options, environment, timeout
+        self._ipp: ipyparallel.Cluster | None = None
+        self._lost: str | None = "the engines have not been started"
+        self._start()
+        try:
+            self._loaded: Loaded = self._join()
+        except BaseException:
+            self._stop()
+            raise
+        data, model = map(int, self._loaded.mesh.split("x"))
+        self._describe(
+            checkpoint,
+            open_tokenizer(checkpoint, arguments["tokenizer"]),
+            self._loaded.numerics,
+            "streamed" if arguments["weights"] == "streamed" else "resident",
+            AbstractMesh((data, model), ("data", "model")),
+        )
+
+    # Engines
+
+    def _start(self) -> None:
+        engines = self._options["engines"]
+        if isinstance(engines, ipyparallel.Client):
+            self._client = engines
+        else:
+            options = {"controller_ip": "127.0.0.1"} if engines == "local" else {}
+            self._ipp = ipyparallel.Cluster(log_level=40, engine_timeout=int(self._timeout), **options | self._options)
+            self._client = self._ipp.start_and_connect_sync(activate=False)
+            self._await_engines()
+        self._engines = list(self._client.ids)
+        self._lost = None
+
+    def _await_engines(self) -> None:
+        end = time.monotonic() + self._timeout
+        while len(self._client.ids) < self._options["n"]:
+            if time.monotonic() > end:
+                found = len(self._client.ids)
+                self._stop()
+                raise ClusterError(f"{found} of {self._options['n']} engines came within {self._timeout:.0f} s")
+            time.sleep(POLL)
+
+    def _join(self):
+        set_variables = (
+            f"import os; os.environ.update({self._environment!r})"  # ipyparallel.Cluster takes, but drops them
+        )
+        for engine in self._engines:
+            self._client[engine].execute(set_variables).get(timeout=self._timeout)
+        here = isinstance(self._options["engines"], str) and self._options["engines"] == "local"
+        first = self._client[self._engines[0]].apply_async(worker.address, "127.0.0.1" if here else None)
+        coordinator = first.get(timeout=self._timeout)
+        calls = [
+            self._client[i].apply_async(worker.join, coordinator, len(self._engines), rank, self._arguments)
+            for rank, i in enumerate(self._engines)
+        ]
+        return self._answered(calls, "loading", self._timeout)
+
+    def _on_all(self, method: str, *arguments, doing: str):
+        """Calls a method of the worker on every engine; the first one's answer."""
+        if self._lost:
+            raise ClusterError(f"{self._lost}; bring the engines back with restart()")
+        packed = cloudpickle.dumps(arguments)
+        return self._answered([self._client[i].apply_async(worker.call, method, packed) for i in self._engines], doing)
+
+    def _answered(self, calls: list, doing: str, timeout: float | None = None):
+        """Waits for all; raises at once if an engine is gone, and soon after one that fails alone."""
+        end = None if timeout is None else time.monotonic() + timeout
+        failed_at = None
+        while waiting := [call for call in calls if not call.ready()]:
+            gone = sorted(set(self._engines) - set(self._client.ids))
+            if gone:
+                raise self._is_lost(f"engine {', '.join(map(str, gone))} was lost while {doing}")
+            if any(call.ready() and not call.successful() for call in calls):
+                failed_at = failed_at or time.monotonic()
+                if time.monotonic() - failed_at > GRACE:
+                    break
+            if end is not None and time.monotonic() > end:
+                raise self._is_lost(f"no answer within {timeout:.0f} s of {doing}")
+            waiting[0].wait(POLL)
+        for rank, call in enumerate(calls):
+            if call.ready() and not call.successful():
+                error = call.exception()
+                what = "was lost" if isinstance(error, EngineError) else f"failed ({error})"
+                raise self._is_lost(f"engine {self._engines[rank]} {what} while {doing}") from error
+        ok, result = pickle.loads(calls[0].get())
+        if not ok:
+            raise result
+        return result
+
+    def _is_lost(self, why: str) -> ClusterError:
+        self._lost = why
+        return ClusterError(f"{why}. Bring the engines back with restart()")
+
+    def _stop(self) -> None:
+        if self._ipp is not None:
+            for engine_set in self._ipp.engines.values():  # jax.distributed does not let go of SIGTERM
+                for launcher in getattr(engine_set, "launchers", {0: engine_set}).values():
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        launcher.signal(9)
+            self._client.close()
+            self._ipp.stop_cluster_sync()
+            self._ipp = None
+
+    def restart(self) -> None:
+        """Starts engines anew and loads the model again; what ran is lost. Raises as `cluster` does."""
+        if self._ipp is None:
+            raise ClusterError("these engines were started elsewhere; start them again there, and call cluster anew")
+        self._stop()
+        self._start()
+        self._join()
+
+    def close(self) -> None:
+        """Stops the engines that were started for it."""
+        with self._alone():
+            self._stop()
+            self._lost = "this cluster was closed"
+
+    # Running
+
+    def _run(self, call: Call, todo: list[Job] | None) -> "RemoteRun":
+        return RemoteRun(self, call, todo)
+
+    def _facts(self) -> dict[str, str]:
+        size = look.si(self._loaded.nbytes, "B")
+        where = f"{len(self._engines)} engines, mesh {self._loaded.mesh} of {self._loaded.device}"
+        return self._shape_facts() | {
+            "weights": self._lost or f"{self.numerics}, {self._form} weights {size} on {where}"
+        }
+
+
+class RemoteRun(Run):
+    """A run on the engines, with what Grok reads of a Run."""
+
+    def __init__(self, cluster: Cluster, call: Call, todo: list[Job] | None):
+        self.cluster, self.call, self.hooks = cluster, call, call.hooks
+        self.cut_short = self.over = False
+        request = Request(
+            call.hooks.kept, call.changes, call.hooks.sequences, jax.tree.map(np.asarray, call.rows),
+            [job.prompt for job in call.jobs], None if todo is None else [job.row for job in todo], call.batch_size,
+            call.ending and (call.ending.at_eos, call.ending.strings),
+        )  # fmt: skip
+        self.num_slots, self.cache_length = cluster._on_all("begin", request, doing="beginning")
+
+    def results(self) -> Iterator[Job]:
+        pressed = False
+        try:
+            while not self.over:
+                with deferred_interrupt() as interrupted:
+                    turn: Turn = self.cluster._on_all("turn", pressed, doing="running")
+                    pressed |= self._told(turn)
+                    pressed |= interrupted.is_set()
+                self.over, self.cut_short = turn.over, turn.cut_short
+                for done in turn.jobs:
+                    job = self.call.jobs[done.pop("row")]
+                    for name, value in done.items():
+                        setattr(job, name, value)
+                    yield job
+        finally:
+            if not self.cluster._lost:
+                self.cluster._on_all("end", doing="ending")
+        if pressed and not self.cut_short:
+            raise KeyboardInterrupt
+
+    def _told(self, turn: Turn) -> bool:
+        """Tells of the tokens; whether that was to stop."""
+        on_token = self.call.ending and self.call.ending.on_token
+        for row, position, token, text, logprob in turn.tokens if on_token else ():
+            glimpse = functools.partial(self._glimpse, row)
+            try:
+                on_token(TokenEvent(row, position, token, text, logprob, glimpse))
+            except KeyboardInterrupt:
+                return True
+        return False
+
+    def _glimpse(self, row: int, key: str, of_prompt: bool) -> np.ndarray:
+        return self.cluster._on_all("glimpse", row, key, of_prompt, doing="looking")

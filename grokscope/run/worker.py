@@ -1,0 +1,144 @@
+"""What every process of a cluster does: the same calls in the same order; process 0 answers.
+
+A call goes on one turn at a time, driven from outside, so no process is ever inside a long loop: Stop comes between two
+turns, in all of them at once, and nobody waits in a collective for one that has stopped. Answers are pickled; an error
+that every process meets is an answer too.
+"""
+
+import functools
+import pickle
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from grokscope.model import sharding
+from grokscope.run import engine
+from grokscope.run.captures import Kept
+from grokscope.run.decode import Job, Run
+from grokscope.run.edits import Change
+from grokscope.run.sampling import Sampling
+from grokscope.run.staging import Hooks
+from grokscope.run.staging import Sequence as Length
+
+
+class Request(NamedTuple):
+    """A call of Grok as it travels."""
+
+    kept: tuple[Kept, ...]
+    changes: tuple[Change, ...]
+    sequences: list[Length]
+    rows: Sampling
+    prompts: list
+    todo: list[int] | None
+    batch_size: int
+    ending: tuple[bool, tuple[str, ...]] | None
+
+
+class Turn(NamedTuple):
+    """What a turn brought: tokens (row, position, id, text, logprob), jobs that are done, and whether all are."""
+
+    tokens: list[tuple[int, int, int, str, float]]
+    jobs: list[dict[str, Any]]
+    over: bool
+    cut_short: bool
+
+
+class _Worker:
+    def __init__(self, grok: "engine.Grok"):
+        self.grok = grok
+        self.run: Run | None = None
+        self.tokens: list[engine.TokenEvent] = []
+        self.stop = threading.Event()
+
+    def begin(self, request: Request) -> tuple[int, int]:
+        grok = self.grok
+        ending = request.ending and engine.Ending(*request.ending, self.tokens.append)
+        jobs = [grok.job(p, s.limit, i, ending) for i, (p, s) in enumerate(zip(request.prompts, request.sequences))]
+        hooks = Hooks(grok.config, request.kept, request.changes, request.sequences)
+        todo = None if request.todo is None else [jobs[row] for row in request.todo]
+        self.stop.clear()
+        self.tokens.clear()
+        self.jobs = jobs
+        self.run = Run(grok.config, grok._weights, hooks, request.rows, jobs, request.batch_size, todo)
+        return self.run.num_slots, self.run.cache_length
+
+    def turn(self, stop: bool) -> Turn:
+        run = self.run
+        assert run is not None
+        if stop:
+            self.stop.set()
+        self.tokens.clear()
+        if not run.over:
+            run.turn(self.stop)
+        done = [{n: getattr(job, n) for n in ("row", "tokens", "logprobs", "captures", "finish")} for job in run.ready]
+        run.ready.clear()
+        tokens = [(e.prompt, e.position, e.id, e.text, e.logprob) for e in self.tokens]
+        return Turn(tokens, done, run.over, run.cut_short)
+
+    def glimpse(self, row: int, key: str, of_prompt: bool):
+        job: Job = self.jobs[row]
+        if job.glimpse is not None:
+            return job.glimpse(key, of_prompt)
+        return job.captures[key][:, : len(job.prompt)] if of_prompt else job.captures[key][:, -1]
+
+    def end(self) -> None:
+        self.run = None
+
+
+_worker: _Worker | None = None
+
+
+def _answer(call: Callable) -> bytes | None:
+    """(True, result) or (False, the error), pickled; None from all processes but the first."""
+    try:
+        result = True, call()
+    except Exception as err:
+        result = False, err
+    if jax.process_index():
+        return None
+    return pickle.dumps(result)
+
+
+def address(host: str | None) -> str:
+    """host:port at which this process can coordinate the others."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return f"{host or socket.gethostname()}:{probe.getsockname()[1]}"
+
+
+def in_order_on_cpu() -> None:
+    """Before the first device is touched: two steps that run at once on CPU may meet in each other's collectives."""
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def join(coordinator: str, num_processes: int, process: int, arguments: dict) -> bytes | None:
+    """Joins the processes and loads the model; answers what was Loaded."""
+    in_order_on_cpu()
+    jax.distributed.initialize(coordinator, num_processes, process, initialization_timeout=120)
+    return _answer(functools.partial(_load, arguments))
+
+
+class Loaded(NamedTuple):
+    """The model on the engines: mesh "DxM", bytes of all its weights, numerics, kind of device."""
+
+    mesh: str
+    nbytes: int
+    numerics: str
+    device: str
+
+
+def _load(arguments: dict) -> Loaded:
+    global _worker
+    arguments = arguments | {"mesh": arguments["mesh"] or f"1x{len(jax.devices())}"}
+    grok = engine.load(**arguments)
+    assert grok._weights is not None
+    _worker = _Worker(grok)
+    return Loaded(sharding.name(grok._mesh), grok._weights.nbytes, grok.numerics, jax.devices()[0].device_kind)
+
+
+def call(method: str, arguments: bytes) -> bytes | None:
+    """`method` of the worker; arguments are pickled."""
+    return _answer(lambda: getattr(_worker, method)(*pickle.loads(arguments)))
