@@ -1,4 +1,4 @@
-"""The command line: generate, demo, dump, inspect, plan, verify, train.
+"""The command line: generate, demo, dump, inspect, plan, verify, rehearse, train.
 
 Errors are one line; `--debug` shows where they come from.
 """
@@ -277,6 +277,33 @@ def verify(directory: Annotated[Path, typer.Argument(help="Folder of a checkpoin
         f"{directory}: {report.num_files} files, {size}: " + ("ok" if report.ok else f"{len(report.problems)} problems")
     )
     raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command(epilog="Example:  grokscope rehearse /scratch/rehearsal --layers 3")
+def rehearse(
+    directory: Annotated[Path, typer.Argument(help="Folder to write; a new or an empty one.")],
+    layers: Annotated[int, typer.Option(help="Decoder layers; Grok-1 has 64.")],
+    width: Annotated[
+        str, typer.Option(help="full: each layer as in Grok-1, 4.9 GB; mini: as in grok-1-mini.")
+    ] = "full",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
+) -> None:
+    """Write random weights in the released format, with statistics like Grok-1's, to try a machine."""
+    from dataclasses import replace
+
+    from grokscope.checkpoint import ckpt0
+    from grokscope.checkpoint.rehearse import rehearse
+    from grokscope.run.engine import bundled_checkpoint
+
+    if width not in ("full", "mini"):
+        raise ValueError(f"--width {width}: expected full or mini")
+    mini = ckpt0.open_checkpoint(bundled_checkpoint())
+    config, tokenizer = (gs.GROK_1, None) if width == "full" else (mini.config, mini.tokenizer)
+    config = replace(config, num_layers=layers)
+    made = rehearse(directory, config, seed, tokenizer, _bar(" files", 1))
+    print(f"{made}: {look.si(ckpt0.payload_bytes(config), 'B')}, {layers} layers of random weights")
+    if tokenizer is None:
+        print(f"For prompts of text, put the release's tokenizer.model into {made}; lists of ids need none.")
 
 
 @app.command(
