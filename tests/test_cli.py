@@ -20,7 +20,7 @@ def run(*args, cwd=None, code=0):
 
 def test_help_shows_examples():
     top = run("--help").stdout
-    for command in ("generate", "demo", "verify", "rehearse", "train"):
+    for command in ("generate", "demo", "verify", "download", "rehearse", "train"):
         assert command in top
         assert f"grokscope {command}" in " ".join(run(command, "--help").stdout.split())
 
@@ -60,6 +60,7 @@ def test_rehearse(tmp_path):
         (("generate", "x", "--checkpoint", "nowhere"), "nowhere is not a directory"),
         (("generate", "x", "--temperature", "-1"), "temperature=-1"),
         (("verify", "nowhere"), "nowhere is not a directory"),
+        (("download", "--from", "ftp"), "--from ftp: expected torrent or hub"),
         (("rehearse", "r", "--layers", "2", "--width", "tiny"), "--width tiny: expected full or mini"),
         (("rehearse", "r", "--layers", "0"), "num_layers=0"),
         (("rehearse", "r", "--layers", "64000"), "make room"),
