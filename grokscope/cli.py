@@ -1,4 +1,4 @@
-"""The command line: generate, demo, dump, inspect, plan, verify, train.
+"""The command line: generate, demo, dump, inspect, plan, verify, download, rehearse, train.
 
 Errors are one line; `--debug` shows where they come from.
 """
@@ -268,6 +268,11 @@ def plan(
 def verify(directory: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")]) -> None:
     """Check every file of a checkpoint. Exit code 0: as it should be; 1: it is not, and the lines say what."""
     report = gs.verify(directory, progress=_bar(" files", 200))
+    _print_report(directory, report)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def _print_report(directory: Path, report) -> None:
     for problem in report.problems:
         print(problem)
     for note in report.notes:
@@ -276,7 +281,67 @@ def verify(directory: Annotated[Path, typer.Argument(help="Folder of a checkpoin
     print(
         f"{directory}: {report.num_files} files, {size}: " + ("ok" if report.ok else f"{len(report.problems)} problems")
     )
+
+
+@app.command(epilog="Example:  grokscope download --from hub --to /big/disk/grok-1")
+def download(
+    source: Annotated[
+        str, typer.Option("--from", help="torrent (through aria2c) or hub (huggingface_hub).")
+    ] = "torrent",
+    to: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = Path("checkpoints/grok-1"),
+) -> None:
+    """Fetch Grok-1's 318 GB and verify them. Cut short, the same command goes on where it was."""
+    from functools import partial
+
+    from tqdm import tqdm
+
+    from grokscope.checkpoint.download import download, expected_bytes, hub, present_bytes, torrent
+
+    if source not in ("torrent", "hub"):
+        raise ValueError(f"--from {source}: expected torrent or hub")
+    try:
+        with tqdm(
+            total=expected_bytes(to), initial=present_bytes(to), unit="B", unit_scale=True, leave=False,
+            disable=source == "torrent",
+        ) as bar:  # fmt: skip
+            fetch = torrent if source == "torrent" else partial(hub, progress=bar.update)
+            report = download(to, fetch, _bar(" files", 200))
+    except KeyboardInterrupt:
+        print(f"grokscope: interrupted; the same command goes on in {to}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    _print_report(to, report)
+    if not report.ok:
+        print("Delete the files that are at fault; the same command fetches them again.")
+    elif report.checkpoint.tokenizer is None:
+        print(f"For prompts of text, put the release's tokenizer.model into {to}.")
     raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command(epilog="Example:  grokscope rehearse /scratch/rehearsal --layers 3")
+def rehearse(
+    directory: Annotated[Path, typer.Argument(help="Folder to write; a new or an empty one.")],
+    layers: Annotated[int, typer.Option(help="Decoder layers; Grok-1 has 64.")],
+    width: Annotated[
+        str, typer.Option(help="full: each layer as in Grok-1, 4.9 GB; mini: as in grok-1-mini.")
+    ] = "full",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
+) -> None:
+    """Write random weights in the released format, with statistics like Grok-1's, to try a machine."""
+    from dataclasses import replace
+
+    from grokscope.checkpoint import ckpt0
+    from grokscope.checkpoint.rehearse import rehearse
+    from grokscope.run.engine import bundled_checkpoint
+
+    if width not in ("full", "mini"):
+        raise ValueError(f"--width {width}: expected full or mini")
+    mini = ckpt0.open_checkpoint(bundled_checkpoint())
+    config, tokenizer = (gs.GROK_1, None) if width == "full" else (mini.config, mini.tokenizer)
+    config = replace(config, num_layers=layers)
+    made = rehearse(directory, config, seed, tokenizer, _bar(" files", 1))
+    print(f"{made}: {look.si(ckpt0.payload_bytes(config), 'B')}, {layers} layers of random weights")
+    if tokenizer is None:
+        print(f"For prompts of text, put the release's tokenizer.model into {made}; lists of ids need none.")
 
 
 @app.command(

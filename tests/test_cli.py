@@ -20,7 +20,7 @@ def run(*args, cwd=None, code=0):
 
 def test_help_shows_examples():
     top = run("--help").stdout
-    for command in ("generate", "demo", "verify", "train"):
+    for command in ("generate", "demo", "verify", "download", "rehearse", "train"):
         assert command in top
         assert f"grokscope {command}" in " ".join(run(command, "--help").stdout.split())
 
@@ -45,12 +45,25 @@ def test_verify(tmp_path):
     assert "1 problems" in found.stdout
 
 
+def test_rehearse(tmp_path):
+    found = run("rehearse", tmp_path / "r", "--layers", 2, "--width", "mini").stdout
+    assert "2 layers" in found
+    assert run("verify", tmp_path / "r").stdout.strip().endswith("26 files, 8.95 MB: ok")
+    assert run("generate", "The", "--max-new-tokens", 4, "--checkpoint", tmp_path / "r").stdout.startswith("The")
+    found = run("rehearse", tmp_path / "r", "--layers", 2, "--width", "mini", code=1)
+    assert "not empty" in found.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
         (("generate", "x", "--checkpoint", "nowhere"), "nowhere is not a directory"),
         (("generate", "x", "--temperature", "-1"), "temperature=-1"),
         (("verify", "nowhere"), "nowhere is not a directory"),
+        (("download", "--from", "ftp"), "--from ftp: expected torrent or hub"),
+        (("rehearse", "r", "--layers", "2", "--width", "tiny"), "--width tiny: expected full or mini"),
+        (("rehearse", "r", "--layers", "0"), "num_layers=0"),
+        (("rehearse", "r", "--layers", "64000"), "make room"),
         (("train", "--data", "d", "--out", "o", "--steps", "3"), "either --config"),
     ],
 )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from grokscope.checkpoint import tensorfile
 from grokscope.checkpoint.ckpt0 import RELEASED_SIZES
-from grokscope.checkpoint.tensorfile import Tensor, TensorFileError
+from grokscope.checkpoint.tensorfile import Streamed, Tensor, TensorFileError
 
 BF16 = ml_dtypes.bfloat16
 
@@ -47,6 +47,18 @@ def test_round_trip(tmp_path, tensor):
     same(again.weight, tensor.weight)
     same(again.scales, tensor.scales)
     assert list(tmp_path.iterdir()) == [tmp_path / "t"]
+
+
+@pytest.mark.parametrize("shape", [(6, 2, 5), (6, 300, 200)])  # in a frame, and over one
+def test_streamed_pieces_give_the_same_bytes(tmp_path, shape):
+    whole = int8(*shape)
+    tensorfile.write(tmp_path / "whole", whole)
+    pieces = iter(np.split(whole.weight, [1, 4]))
+    tensorfile.write(tmp_path / "pieces", Tensor(Streamed(shape, np.dtype(np.int8), pieces), whole.scales))
+    assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
+    with pytest.raises(ValueError, match=f"needs {np.prod(shape)}"):
+        tensorfile.write(tmp_path / "short", Tensor(Streamed(shape, np.dtype(np.int8), whole.weight[1:]), whole.scales))
+    assert not list(tmp_path.glob("short*"))
 
 
 @given(st.integers(1, 70_000), st.booleans())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from grokscope import look
 from grokscope.checkpoint import tensorfile
 from grokscope.checkpoint.tensorfile import Tensor, TensorFileError
 from grokscope.config import GROK_1, GrokConfig
@@ -147,40 +148,78 @@ def open_checkpoint(directory: Path | str) -> Checkpoint:
 def write(
     directory: Path | str,
     config: GrokConfig,
-    weight: Callable[[Slot], np.ndarray | QuantizedWeight],
+    weight: Callable[[Slot], np.ndarray | QuantizedWeight | Tensor],
     tokenizer: Path | None = None,
+    progress: Progress = iter,
 ) -> Path:
     """Writes a checkpoint in the released form, int8 with 8 scale groups on row-parallel matrices, with SHA256SUMS.
 
-    `weight(slot)` gives a float array, quantised here where the release is quantised, or a QuantizedWeight as it is to
-    be stored. The directory appears whole or not at all; one that already has contents is refused.
+    `weight(slot)` gives a float array, quantised here where the release is quantised, or a QuantizedWeight or Tensor as
+    it is to be stored. The directory appears whole or not at all; one that already has contents is refused, and so is a
+    disk without room for it.
     """
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} is not empty; choose a new folder, or delete it first")
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    require_room(directory, payload_bytes(config))
     (partial / "ckpt-0").mkdir(parents=True)
     (partial / "config.json").write_text(config.to_json())
     if tokenizer is not None:
         shutil.copyfile(tokenizer, partial / "tokenizer.model")
-    for slot in slots(config):
-        value = weight(slot)
-        if slot.param.groups is None:
-            tensor = Tensor(np.asarray(value, np.float32))
-        else:
-            if not isinstance(value, QuantizedWeight):
-                value = quantize(value, math.gcd(slot.param.groups, value.shape[-2]))
-            tensor = Tensor(np.asarray(value.weight), np.asarray(value.scales))
+    for slot in progress(slots(config)):
+        tensor = _stored(slot, weight(slot))
         if tensor.weight.shape != slot.param.shape(config):
             raise ValueError(f"{slot.path}: weight is {tensor.weight.shape}, expected {slot.param.shape(config)}")
         tensorfile.write(partial / "ckpt-0" / slot.file, tensor)
-    sums = [f"{_sha256(p)}  {p.relative_to(partial)}\n" for p in sorted(partial.rglob("*")) if p.is_file()]
+    files = sorted(p for p in partial.rglob("*") if p.is_file())
+    sums = [f"{_sha256(p)}  {p.relative_to(partial)}\n" for p in progress(files)]
     (partial / SUMS).write_text("".join(sums))
     if directory.exists():
         directory.rmdir()
     partial.rename(directory)
     return directory
+
+
+def _stored(slot: Slot, value: np.ndarray | QuantizedWeight | Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if slot.param.groups is None:
+        return Tensor(np.asarray(value, np.float32))
+    if not isinstance(value, QuantizedWeight):
+        value = quantize(value, scale_groups(slot.param, value.shape))
+    return Tensor(np.asarray(value.weight), np.asarray(value.scales))
+
+
+def scale_groups(param: Param, shape: tuple[int, ...]) -> int:
+    """G of a quantised matrix, as in the release where its contracting axis has room for that."""
+    return math.gcd(param.groups, shape[-2])
+
+
+def payload_bytes(config: GrokConfig) -> int:
+    """Bytes of all weights and scales as stored; the files have some 150 to 320 more each."""
+    total = 0
+    for slot in slots(config):
+        shape = slot.param.shape(config)
+        if slot.param.groups is None:
+            total += 4 * math.prod(shape)
+        else:
+            total += math.prod(shape) + 2 * math.prod(shape) // shape[-2] * scale_groups(slot.param, shape)
+    return total
+
+
+def require_room(directory: Path, total: int, present: int = 0) -> None:
+    """Raises OSError where the disk of `directory`, which may not exist yet, has no room for `total` bytes and 1 %;
+    `present` bytes of them are there already."""
+    disk = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
+    free, needed = shutil.disk_usage(disk).free, total + total // 100 - present
+    if free < needed:
+        raise OSError(
+            f"{directory} needs {look.si(needed, 'B')} more ({look.si(total, 'B')} and 1 % to spare, less "
+            f"{look.si(present, 'B')} that are there), its disk has {look.si(free, 'B')} free; "
+            "make room or choose a folder on another disk"
+        )
 
 
 def _sha256(path: Path) -> str:

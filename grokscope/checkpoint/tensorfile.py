@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import struct
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,11 +40,24 @@ class TensorFileError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Streamed:
+    """An array to be written piece by piece in C order, so that it is never held whole. Written once."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Iterable[np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
 class Tensor:
     """Contents of one file, memory-mapped. `scales` is None for an array that is not quantised.
 
     Attributes:
-      weight: float32 of any shape, or int8 [..., K, N].
+      weight: float32 of any shape, or int8 [..., K, N]. `write` takes a Streamed in its place.
       scales: bfloat16 or float32 [..., G, N], or None.
     """
 
@@ -267,6 +281,17 @@ def read(path: Path) -> Tensor:
     return Tensor(weight, scales)
 
 
+def _byte_pieces(array: np.ndarray | Streamed) -> Iterator[memoryview]:
+    left = array.nbytes
+    for piece in array.pieces if isinstance(array, Streamed) else (array,):
+        left -= piece.nbytes
+        yield np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+    if left:
+        raise ValueError(
+            f"the pieces of a streamed array have {array.nbytes - left} bytes, {array.shape} needs {array.nbytes}"
+        )
+
+
 class _Writer:
     """Emits opcodes in the frames of Python's C pickler, which ends a full frame where the next object begins."""
 
@@ -323,7 +348,7 @@ class _Writer:
             self.integer(length)
         self.end(b"t" if len(shape) > 3 else bytes([0x84 + len(shape)]))
 
-    def payload(self, array: np.ndarray) -> None:
+    def payload(self, array: np.ndarray | Streamed) -> None:
         size = array.nbytes
         if size < 1 << 8:
             head = b"C" + struct.pack("<B", size)
@@ -332,14 +357,15 @@ class _Writer:
         else:
             head = b"\x8e" + struct.pack("<Q", size)
         if size < FRAME_TARGET:
-            self.begin(head + array.tobytes())
+            self.begin(head + b"".join(_byte_pieces(array)))
         else:
             self.flush()
             self.file.write(head)
-            self.file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            for piece in _byte_pieces(array):
+                self.file.write(piece)
         self.end(b"")
 
-    def array(self, array: np.ndarray) -> None:
+    def array(self, array: np.ndarray | Streamed) -> None:
         name, order, sizes = _DTYPE_STATES[array.dtype.name]
         self.name(RECONSTRUCT)
         self.name(NDARRAY)
