@@ -37,7 +37,7 @@ _NAMES = {
     "TAPS": "grokscope.model.taps",
     "compare": "grokscope.analysis.compare",
     "explore": "grokscope.notebook.widgets.explore",
-    "view": "grokscope.notebook.widgets.explore",
+    "view": "grokscope.notebook.widgets.page",
     "Tokenizer": "grokscope.tokenizer",
     "verify": "grokscope.checkpoint.ckpt0",
 }
@@ -52,7 +52,8 @@ if TYPE_CHECKING:
     from grokscope.config import GROK_1, GrokConfig
     from grokscope.model.taps import TAPS
     from grokscope.notebook import plots as plot
-    from grokscope.notebook.widgets.explore import explore, view
+    from grokscope.notebook.widgets.explore import explore
+    from grokscope.notebook.widgets.page import view
     from grokscope.run.captures import REDUCTIONS, capture
     from grokscope.run.dump import Dump, open
     from grokscope.run.edits import Edit, ablate, add, edit, patch, route, scale, set
