@@ -4,6 +4,7 @@ Generation runs in a thread, and Stop sets an event that the next token sees; to
 model does not flood the page.
 """
 
+import contextlib
 import threading
 import time
 from pathlib import Path
@@ -11,15 +12,29 @@ from typing import Any
 
 import numpy as np
 
-from grokscope.notebook.widgets.page import EXAMPLES, EXPORTED, RUNS, Page, Run, shape
+from grokscope.analysis.compare import Comparison, compare
+from grokscope.notebook.widgets.page import (
+    EXAMPLES,
+    EXPORTED,
+    RUNS,
+    WINDOW,
+    Page,
+    Run,
+    experts_bytes,
+    pairs,
+    raw,
+    shape,
+)
 from grokscope.run import edits as edits_module
 from grokscope.run.captures import capture
 from grokscope.run.edits import Edit
 from grokscope.run.engine import Grok, TokenEvent
-from grokscope.run.trace import Trace
+from grokscope.run.trace import ROUTING, Trace
 
 BATCH_SECONDS = 0.05
+WATCH_SECONDS = 0.1
 BEST = 5
+COMPARED = "2GB"  # the most that predictions of a run may take while two are compared
 
 
 class Explore(Page):
@@ -40,7 +55,7 @@ class Explore(Page):
         return self.runs[-1]
 
     def _facts(self) -> dict[str, Any]:
-        running = bool(self._worker and self._worker.is_alive())
+        running = bool(self._worker and self._worker.is_alive() and self._worker.name == "generate")
         return shape(self._grok.config, self._grok.name, self._grok.numerics) | {"running": running}
 
     def _on_count(self, text: str) -> None:
@@ -56,13 +71,13 @@ class Explore(Page):
         if self._worker and self._worker.is_alive():
             raise RuntimeError("a run is under way; stop it first")
         made = [edit for one in edits for edit in self._edit(one)]
-        self._number += 1
         if not prompt:
             raise ValueError("the prompt is empty; type a text")
+        self._number += 1
         name = ", ".join(_short(one) for one in edits) or f"baseline, seed {options['seed']}"
         run = Run(self._number, name, prompt, options, edits)
         self._stop.clear()
-        self._worker = threading.Thread(target=self._generate, args=(run, made), daemon=True)
+        self._worker = threading.Thread(target=self._generate, name="generate", args=(run, made), daemon=True)
         self._worker.start()
 
     def _on_stop(self) -> None:
@@ -76,37 +91,62 @@ class Explore(Page):
     def _on_export(self, run: int, taps: list, directory: str) -> None:
         if self._worker and self._worker.is_alive():
             raise RuntimeError("a run is under way; wait, or stop it")
+        self._trace(run)  # KeyError
         found = next(one for one in self._runs if one.id == run)
         self._worker = threading.Thread(target=self._export, args=(found, taps, directory), daemon=True)
         self._worker.start()
 
+    def _on_compare(self, a: int, b: int) -> None:
+        """In a thread: predictions of both runs are computed once more, as they are too large to be kept."""
+
+        def told() -> None:
+            try:
+                super(Explore, self)._on_compare(a, b)
+            except Exception as err:
+                self._failed("compare", err)
+
+        threading.Thread(target=told, daemon=True).start()
+
     # In the thread
 
+    def _comparison(self, a: Trace, b: Trace) -> Comparison:
+        return compare(self._predicted(a), self._predicted(b))
+
+    def _predicted(self, trace: Trace) -> Trace:
+        """The Trace up to its logits, under its own edits."""
+        run = next(one for one in self._runs if one.trace is trace)
+        with self._grok.edits(*(edit for one in run.edits for edit in self._edit(one))):
+            found = self._grok.trace(trace.tokens, capture=["logits"], budget=COMPARED)
+        assert isinstance(found, Trace)
+        return found
+
     def _generate(self, run: Run, made: list[Edit]) -> None:
-        waiting: list[tuple[dict, np.ndarray]] = []
+        waiting: list[tuple] = []
         begun = sent = time.perf_counter()
 
         def flush() -> None:
             if waiting:
-                self.send(
-                    {"kind": "tokens", "run": run.id, "tokens": [token for token, _ in waiting]},
-                    [np.ascontiguousarray(np.stack([logits for _, logits in waiting], 1)).tobytes()],
-                )
+                tokens, *arrays = zip(*waiting, strict=True)
+                experts, gates, logits = (np.stack(array, 1) for array in arrays)
+                message = {"kind": "tokens", "run": run.id, "tokens": tokens}
+                self.send(message, [experts_bytes(experts), raw(pairs(gates)), raw(logits)])
                 waiting.clear()
 
         def on_token(event: TokenEvent) -> None:
             nonlocal sent, begun
             if event.position == prompt_length:
-                logits = event.glimpse("router_logits", True)
+                experts, gates, logits = (event.glimpse(name, True) for name in ROUTING)
+                start = max(0, len(ids) - WINDOW)
                 begin = {
                     "run": run.id, "name": run.name, "prompt_length": len(ids), "total": len(ids) + o["max"],
                     "ids": ids.tolist(), "pieces": [self._piece(i) for i in ids], "logprobs": [0.0] * len(ids),
-                    "max": o["max"],
+                    "max": o["max"], "start": start,
                 }  # fmt: skip
-                self.send({"kind": "begin", **begin}, [np.ascontiguousarray(logits).tobytes()])
+                buffers = [experts_bytes(experts), raw(pairs(gates[:, start:])), raw(logits[:, start:])]
+                self.send({"kind": "begin", **begin}, buffers)
                 begun = sent = time.perf_counter()
             token = {"piece": self._piece(event.id), "id": event.id, "logprob": event.logprob}
-            waiting.append((token, event.glimpse("router_logits", False)))
+            waiting.append((token, *(event.glimpse(name, False) for name in ROUTING)))
             if time.perf_counter() - sent > BATCH_SECONDS:
                 flush()
                 sent = time.perf_counter()
@@ -125,7 +165,7 @@ class Explore(Page):
                 )  # fmt: skip
             run.seconds = time.perf_counter() - begun
         except Exception as err:
-            self._failed("generate", err)
+            self._failed("generate", err, ended=True)
             return
         flush()
         run.trace = trace
@@ -133,13 +173,31 @@ class Explore(Page):
         self._show(run, trace, known=True)
 
     def _export(self, run: Run, taps: list[str], directory: str) -> None:
+        trace, done = self._trace(run.id), threading.Event()
         try:
             made = [edit for one in run.edits for edit in self._edit(one)]
+            plan = self._grok.plan([trace.tokens], capture=list(taps) or ())
+            watch = threading.Thread(target=self._watch, args=(Path(directory), plan.total["disk"], done), daemon=True)
+            watch.start()
             with self._grok.edits(*made):
-                dump = self._grok.dump([self._trace(run.id).tokens], directory, capture=list(taps) or ())
+                dump = self._grok.dump([trace.tokens], directory, capture=list(taps) or ())
+            done.set()
+            watch.join()
             self.send({"kind": "exported", "path": str(Path(directory)), "bytes": dump.nbytes, "taps": list(dump.taps)})
         except Exception as err:
             self._failed("export", err)
+        finally:
+            done.set()
+
+    def _watch(self, directory: Path, total: int, done: threading.Event) -> None:
+        """Tells what of a dump is on disk, until it is done."""
+        before = -1
+        while not done.wait(WATCH_SECONDS):
+            with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+                written = sum(file.stat().st_size for file in directory.glob("*"))
+                if written != before:
+                    self.send({"kind": "writing", "bytes": written, "total": total})
+                before = written
 
     def _piece(self, token: int) -> str:
         return f"<{token}>" if self._grok.tokenizer is None else self._grok.tokenizer.pieces[token]

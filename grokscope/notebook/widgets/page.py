@@ -18,19 +18,24 @@ import numpy as np
 import traitlets
 
 from grokscope import look
-from grokscope.analysis.attention import patterns, targets
+from grokscope.analysis import routing
+from grokscope.analysis.attention import targets
+from grokscope.analysis.compare import Comparison, compare
 from grokscope.config import GrokConfig
 from grokscope.model.taps import TAPS
 from grokscope.run.trace import Trace
 
 BROWSER = Path(__file__).with_name("browser")
 PARTS = (
-    "formats", "state", "drawing", "text", "routing", "attention", "token", "compare", "rail", "selection", "messages",
+    "formats", "state", "drawing", "text", "routing", "experts", "attention", "lens", "token", "compare", "rail",
+    "selection", "messages",
 )  # fmt: skip
 """Scripts, in the order they are joined: what runs while it is read needs what stands before it."""
 
 RUNS = 12  # kept; older ones are forgotten
 THUMBNAIL = 64
+WINDOW = 256  # positions that the page shows, and asks for, at once
+LISTED = 8  # strongest reads of a position
 EXAMPLES = {
     "Story": "The old keeper of the lighthouse climbed the stairs at dusk, and",
     "Repeat": "red fox, blue whale, grey owl, black cat. red fox, blue whale, grey",
@@ -38,10 +43,12 @@ EXAMPLES = {
     "German": "Der alte Mann ging jeden Morgen an das Meer und",
 }
 PANES = {
-    "prompt": "prompt", "edits": "edits", "runs": "runs", "export": "export", "text": "text", "routing": "rout",
-    "attention": "attn", "token": "insp", "compare": "cmp",
+    "prompt": "prompt", "edits": "edits", "runs": "runs", "export": "export", "token_strip": "text", "routing": "map",
+    "expert_load": "load", "router_entropy": "ent", "coactivation": "coact", "transitions": "trans",
+    "attention": "attn", "logit_lens": "lens", "token": "insp", "compare": "cmp",
 }  # fmt: skip
-"""Panes of the page by name, and their ids there."""
+"""Panes of the page by name, and their ids there. A view that is a plot too has the plot's name."""
+VIEWS = ("token_strip", "routing", "expert_load", "router_entropy", "coactivation", "transitions", "attention", "token")
 EXPORTED = ("router_logits", "expert_gate", "resid_post", "attn_pattern", "logits")
 
 
@@ -93,12 +100,14 @@ class Page(anywidget.AnyWidget):
         except Exception as err:
             self._failed(kind, err)
 
-    def _failed(self, pane: str, err: Exception) -> None:
-        self.send({"kind": "error", "pane": pane, "text": f"{type(err).__name__}: {err}"})
+    def _failed(self, kind: str, err: Exception, **more) -> None:
+        """Told in the pane of what was asked."""
+        self.send({"kind": "error", "of": kind, "text": f"{type(err).__name__}: {err}", **more})
 
     def _on_hello(self) -> None:
         """A page has come: what it shows, from the beginning."""
-        self.send({"kind": "model", "panes": [PANES[pane] for pane in self._panes], **self._facts()})
+        panes = [PANES[pane] for pane in self._panes]
+        self.send({"kind": "model", "panes": panes, "window": WINDOW, **self._facts()})
         for run in self._runs:
             if run.trace is not None:
                 self._show(run, run.trace)
@@ -107,29 +116,96 @@ class Page(anywidget.AnyWidget):
         meta = self.runs[0].meta
         return shape(GrokConfig(**meta["config"]), meta["checkpoint"]["name"], meta["numerics"])
 
+    def _on_whole(self, run: int) -> None:
+        found = next((one for one in self._runs if one.id == run), None)
+        if found is not None:
+            self._show(found, self._trace(run))
+
+    def _on_cells(self, run: int, start: int) -> None:
+        """Gates and logits of the positions of a window."""
+        trace = self._trace(run)
+        here = slice(start, start + WINDOW)
+        count = len(trace.tokens[here])
+        buffers = [pairs(trace["expert_gate"][:, here]), trace["router_logits"][:, here]]
+        self.send({"kind": "cells", "run": run, "start": start, "count": count}, [raw(a) for a in buffers])
+
+    def _on_lens(self, run: int, start: int) -> None:
+        """Best tokens after each kept layer, their log-probabilities, and the rank of what followed, of a window."""
+        trace = self._trace(run)
+        best, logprob, rank = (
+            trace[f"resid_post.lens{end}"][:, start : start + WINDOW] for end in ("", "_logprob", "_rank")
+        )
+        known = trace.meta.get("words", {})
+        words = {str(token): known.get(str(token), f"<{token}>") for token in np.unique(best)}
+        message = {"kind": "lens", "run": run, "start": start, "count": best.shape[1], "best": best.shape[-1]}
+        self.send(message | {"words": words}, [raw(a) for a in (best, logprob, rank)])
+
+    def _on_experts(self, run: int) -> None:
+        """Entropy, co-activation and transitions of a whole run, as `grokscope.analysis` has them."""
+        trace = self._trace(run)
+        phases, tables, buffers = [], ("entropy", "coactivation", "transitions"), []
+        found = [
+            {
+                name: getattr(routing, name)(trace, phase=phase)
+                for name in tables
+                if name != "transitions" or _deep(trace)
+            }
+            for phase in ("all", "prefill", "decode")
+            if phase == "all" or (trace.phase == phase).any()
+        ]
+        for of in found:
+            phases.append([of["entropy"].phase.iloc[0], int(of["entropy"].tokens.iloc[0])])
+            buffers.append(of["entropy"].entropy.to_numpy(np.float32))
+            for name in tables[1:]:
+                columns = of[name][["count", "expected", "lift"]].to_numpy(np.float32) if name in of else np.zeros(0)
+                buffers.append(columns)
+        self.send({"kind": "experts", "run": run, "phases": phases}, [zlib.compress(raw(b), 1) for b in buffers])
+
     def _on_attention(self, run: int, layer: int) -> None:
         """Thumbnails of a layer's heads [H, n, n]: the largest of each block, square roots as bytes."""
         trace = self._trace(run)
-        ((_, _, _, pattern),) = patterns(trace, layer)
         size = min(len(trace), THUMBNAIL)
         starts = -(-np.arange(size) * len(trace) // size)
-        blocks = np.maximum.reduceat(np.maximum.reduceat(pattern, starts, axis=1), starts, axis=2)
-        packed = np.rint(255 * np.sqrt(blocks)).astype(np.uint8)
-        message = {"kind": "attention", "run": run, "layer": layer, "size": size, "labels": _labels(pattern, trace)}
-        self.send(message, [zlib.compress(packed.tobytes(), 1)])
+        about, packed, labels = targets(trace.tokens), [], []
+        for head in range(trace.meta["config"]["num_q_heads"]):
+            pattern = _rows(trace, layer, head)
+            blocks = np.maximum.reduceat(np.maximum.reduceat(pattern, starts, axis=0), starts, axis=1)
+            packed.append(np.rint(255 * np.sqrt(blocks)).astype(np.uint8))
+            labels.append(_label(pattern, about))
+        message = {"kind": "attention", "run": run, "layer": layer, "size": size, "labels": labels}
+        self.send(message, [zlib.compress(raw(np.array(packed)), 1)])
 
-    def _on_head(self, run: int, layer: int, head: int) -> None:
-        """One head, the rows of its triangle one after the other, in 65,535ths."""
+    def _on_head(self, run: int, layer: int, head: int, start: int) -> None:
+        """One head in a window of positions.
+
+        Buffers: the triangle of the window, rows one after the other, in 65,535ths; what each position reads most in
+        the whole text, and who reads it most (position [n, LISTED], -1 where there is none, and weight); the mean
+        weight it gets from later positions [n].
+        """
         trace = self._trace(run)
-        ((_, numbers, _, pattern),) = patterns(trace, layer)
-        own = pattern[list(numbers).index(head)]
-        packed = np.rint(65535 * own[np.tril_indices(len(trace))]).astype(np.uint16)
-        message = {"kind": "head", "run": run, "layer": layer, "head": head, "label": _labels(own[None], trace)[0]}
-        self.send(message, [zlib.compress(packed.tobytes(), 1)])
+        pattern = _rows(trace, layer, head)
+        here = np.arange(start, min(start + WINDOW, len(trace)))
+        triangle = pattern[np.ix_(here, here)][np.tril_indices(len(here))]
+        later = np.tril(pattern, -1)[:, here].T  # [n, T]: who reads these
+        received = later.sum(1) / np.maximum(len(trace) - 1 - here, 1)
+        message = {"kind": "head", "run": run, "layer": layer, "head": head, "start": start, "count": len(here)}
+        message["label"] = _label(pattern, targets(trace.tokens))
+        packed = zlib.compress(np.rint(65535 * triangle).astype(np.uint16).tobytes(), 1)
+        listed = [*_strongest(pattern[here]), *_strongest(later)]
+        self.send(message, [packed, *(raw(a) for a in (*listed, received.astype(np.float32)))])
 
-    def _on_whole(self, run: int) -> None:
-        found = next(one for one in self._runs if one.id == run)
-        self._show(found, self._trace(run))
+    def _on_compare(self, a: int, b: int) -> None:
+        """KL of two runs at each position, nats, as `grokscope.compare` has it; null where they cannot be compared."""
+        comparison = self._comparison(self._trace(a), self._trace(b))
+        kl = [None] * min(len(comparison.a), len(comparison.b))
+        if comparison.divergence_nats is not None:
+            for (i, j), nats in zip(comparison.pairs.tolist(), comparison.divergence_nats.tolist(), strict=True):
+                if i == j:
+                    kl[i] = max(0.0, nats)
+        self.send({"kind": "compare", "a": a, "b": b, "kl": kl})
+
+    def _comparison(self, a: Trace, b: Trace) -> Comparison:
+        return compare(a, b)
 
     # What is sent of a run
 
@@ -140,19 +216,14 @@ class Page(anywidget.AnyWidget):
             "ids": trace.tokens.tolist(), "pieces": trace.pieces,
             "logprobs": np.nan_to_num(trace.logprobs).round(4).tolist(), "finish": trace.meta["finish"],
             "seconds": run.seconds, "max": run.options.get("max", 0),
+            "lens_layers": trace.layers.get("resid_post.lens", []),
         }  # fmt: skip
 
     def _show(self, run: Run, trace: Trace, *, known: bool = False) -> None:
-        """A run that is done. `known`: the page has its routing from the stream; if not, it asks (`_on_whole`)."""
-        best, logprob, rank = (
-            trace.taps.get(f"resid_post.lens{end}", np.zeros(0)) for end in ("", "_logprob", "_rank")
-        )
-        logits = trace["router_logits"][:, : 0 if known else None]
-        self.send(
-            {"kind": "run", **self._summary(run, trace), "lens_layers": trace.layers.get("resid_post.lens", []),
-             "best": best.shape[-1],              "words": trace.meta.get("words", {})},
-            [np.ascontiguousarray(a).tobytes() for a in (logits, best, logprob, rank)],
-        )  # fmt: skip
+        """A run that is done, and its experts. `known`: the page has them from the stream; if not, it asks
+        (`_on_whole`)."""
+        experts = b"" if known else zlib.compress(experts_bytes(trace["expert_index"]), 1)
+        self.send({"kind": "run", **self._summary(run, trace)}, [experts])
 
     def _trace(self, run: int) -> Trace:
         for one in self._runs:
@@ -173,33 +244,81 @@ def shape(config: GrokConfig, name: str, numerics: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _labels(pattern: np.ndarray, trace: Trace) -> list[tuple[str, float] | None]:
-    """The clearest score of each head, (name, score), or None where no score is above 0.3."""
-    found = []
-    for name, target in targets(trace.tokens).items():
+def raw(array: np.ndarray) -> bytes:
+    return np.ascontiguousarray(array).tobytes()
+
+
+def pairs(ranked: np.ndarray) -> np.ndarray:
+    """[..., 2] of the first two ranks [..., K]; -1 where there is no second."""
+    missing = np.full((*ranked.shape[:-1], max(0, 2 - ranked.shape[-1])), -1, ranked.dtype)
+    return np.concatenate([ranked, missing], axis=-1)[..., :2]
+
+
+def experts_bytes(index: np.ndarray) -> bytes:
+    """int8 [L, T, 2] of the experts that ran."""
+    return raw(pairs(index).astype(np.int8))
+
+
+def _deep(trace: Trace) -> bool:
+    return len(trace.layers["expert_index"]) > 1
+
+
+def _rows(trace: Trace, layer: int, head: int) -> np.ndarray:
+    """[T, S] of one head: row reads column."""
+    if "attn_pattern" in trace.taps:
+        return trace["attn_pattern", layer][head]
+    return trace.attention(layers=layer, heads=head)[0, 0]
+
+
+def _strongest(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of the LISTED largest of each row [n, LISTED], -1 where it is 0, and their values, largest first."""
+    found = np.argsort(-weights, axis=1, kind="stable")[:, :LISTED]
+    values = np.take_along_axis(weights, found, axis=1).astype(np.float32)
+    short = ((0, 0), (0, LISTED - found.shape[1]))
+    at = np.where(values > 0, found, -1).astype(np.int32)
+    return np.pad(at, short, constant_values=-1), np.pad(values, short)
+
+
+def _label(pattern: np.ndarray, about: dict[str, np.ndarray]) -> tuple[str, float] | None:
+    """The clearest score of a head, (name, score), or None where no score is above 0.3."""
+    scores = {}
+    for name, target in about.items():
         rows = target.any(1)
-        score = (pattern * target).sum(-1)[:, rows].mean(1) if rows.any() else np.zeros(len(pattern))
-        found.append((name, score))
-    best = [
-        max(((name, float(score[h])) for name, score in found), key=lambda one: one[1]) for h in range(len(pattern))
-    ]
-    return [one if one[1] > 0.3 else None for one in best]
+        scores[name] = float((pattern * target).sum(-1)[rows].mean()) if rows.any() else 0.0
+    best = max(scores, key=lambda name: scores[name])
+    return (best, scores[best]) if scores[best] > 0.3 else None
 
 
-def view(*traces: Trace, panes: Sequence[str] = ("text", "routing", "attention", "token")) -> Page:
+def view(*traces: Trace, panes: str | Sequence[str] = VIEWS) -> Page:
     """One Trace, or several to compare, in the explorer's views, without a model: also what `gs.open` gives.
 
-    `panes`: of "text" (token strip), "routing" (map and load), "attention" (needs "attn_pattern" or q and k; left out
-    without), "token" (route, predictions and lens, where it was captured), "runs" and "compare" (two Traces).
+    `panes`: one or more of "token_strip", "routing", "expert_load", "router_entropy", "coactivation", "transitions",
+    "attention" (needs "attn_pattern" or q and k), "logit_lens" (needs a lens), which are plots too, "token" (route,
+    predictions, lens), "runs" and "compare" (two Traces). Of the default ones attention is left out where it was not
+    captured. A view of one run shows the last Trace.
     """
     if not traces or not all(isinstance(t, Trace) for t in traces):
-        raise TypeError("view takes Traces")
-    if unknown := set(panes) - {"text", "routing", "attention", "token", "runs", "compare"}:
-        raise ValueError(f"no pane {min(unknown)!r}; panes are text, routing, attention, token, runs, compare")
+        raise TypeError(f"view takes Traces; got {', '.join(type(t).__name__ for t in traces) or 'none'}")
+    chosen = [panes] if isinstance(panes, str) else list(panes)
+    possible = [pane for pane in PANES if pane not in ("prompt", "edits", "export")]
+    if unknown := set(chosen) - set(possible):
+        raise ValueError(f"no pane {min(unknown)!r}; panes are {', '.join(possible)}")
     for i, trace in enumerate(traces):
         if "router" not in trace.tables or "T" in trace.numbers["expert_index"]:
             raise ValueError(f"Trace {i} lacks routing at all positions; capture router_logits")
-    if not all("attn_pattern" in t.taps or {"q", "k"} <= set(t.taps) for t in traces):
-        panes = [pane for pane in panes if pane != "attention"]
+        if "attention" in chosen and not _has_attention(trace):
+            if panes != VIEWS:
+                raise ValueError(f'Trace {i} lacks attention; capture gs.capture("attn_pattern", later=True)')
+            chosen.remove("attention")
+        if "logit_lens" in chosen and "resid_post.lens" not in trace.taps:
+            raise ValueError(f'Trace {i} lacks a lens; capture gs.capture("resid_post", reduce="lens", k=5)')
+    if "compare" in chosen and len(traces) < 2:
+        raise ValueError("one Trace cannot be compared; give two")
     runs = [Run(i + 1, t.text[:30], "", {}, [], t) for i, t in enumerate(traces)]
-    return Page(runs, tuple(panes), prompt="", max=0, top_p=1, temperature=0, seed=0, edits=[])
+    return Page(runs, tuple(chosen), prompt="", max=0, top_p=1, temperature=0, seed=0, edits=[])
+
+
+def _has_attention(trace: Trace) -> bool:
+    """Whether all heads are there at all positions."""
+    taps = ["attn_pattern"] if "attn_pattern" in trace.taps else ["q", "k"]
+    return all(tap in trace.taps and not {"H", "G", "T", "S"} & set(trace.numbers[tap]) for tap in taps)

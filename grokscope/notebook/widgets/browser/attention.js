@@ -72,18 +72,18 @@ function drawHead() {
     bot = 18,
     n = Math.min(w - gut - 2, 440),
     g = fit(cv, w, n + top + bot),
-    M = attn(S.l, S.h),
-    k = n / T;
+    found = attn(S.l, S.h),
+    k = n / WN;
   G.head = { gut, top, k, n };
   cv.setAttribute("aria-label", `Attention of head ${S.l}.${S.h}, reading position by read position`);
   const oc = document.createElement("canvas");
-  oc.width = oc.height = T;
+  oc.width = oc.height = WN;
   const o = oc.getContext("2d"),
-    im = o.createImageData(T, T);
-  for (let q = 0; q < T; q++)
-    for (let j = 0; j < T; j++) {
-      const co = j > q || q >= S.n ? K.bg : seq(0.03 + 0.97 * Math.sqrt(M[q * T + j])),
-        p = (q * T + j) * 4;
+    im = o.createImageData(WN, WN);
+  for (let q = 0; q < WN; q++)
+    for (let j = 0; j < WN; j++) {
+      const co = j > q || q >= found.n ? K.bg : seq(0.03 + 0.97 * Math.sqrt(found.M[q * found.n + j])),
+        p = (q * WN + j) * 4;
       im.data[p] = co[0];
       im.data[p + 1] = co[1];
       im.data[p + 2] = co[2];
@@ -99,23 +99,25 @@ function drawHead() {
   g.lineTo(gut + 0.5, top + n + 0.5);
   g.lineTo(gut + n, top + n + 0.5);
   g.stroke();
-  const sx = T > 120 ? 40 : 10;
-  for (let t = 0; t < T; t += sx) {
-    if (Math.abs(t - S.t) * k > (T > 100 ? 28 : 18))
-      label(g, String(t), gut + (t + 0.5) * k, top + n + 10, "center", K.ink2, 10);
-    if (Math.abs(t - S.t) * k > 10) label(g, String(t), gut - 5, top + (t + 0.5) * k, "right", K.ink2, 10);
+  const sx = WN > 120 ? 40 : 10,
+    at = (t) => (t - W0) * k;
+  for (let t = Math.ceil(W0 / sx) * sx; t < W0 + WN; t += sx) {
+    if (Math.abs(t - S.t) * k > (WN > 100 ? 28 : 18))
+      label(g, String(t), gut + at(t + 0.5), top + n + 10, "center", K.ink2, 10);
+    if (Math.abs(t - S.t) * k > 10) label(g, String(t), gut - 5, top + at(t + 0.5), "right", K.ink2, 10);
   }
-  label(g, String(S.t), gut + (S.t + 0.5) * k, top + n + 10, "center", K.sel, 10, 600);
-  label(g, String(S.t), gut - 5, top + (S.t + 0.5) * k, "right", K.sel, 10, 600);
-  const b = gut + NP * k;
+  label(g, String(S.t), gut + at(S.t + 0.5), top + n + 10, "center", K.sel, 10, 600);
+  label(g, String(S.t), gut - 5, top + at(S.t + 0.5), "right", K.sel, 10, 600);
+  const np = Math.max(0, Math.min(WN, NP - W0)),
+    b = gut + np * k;
   g.fillStyle = K.ink3;
   for (let y = 0; y < n; y += 5) {
-    if (y / k >= NP) g.fillRect(b, top + y, 1, 3);
+    if (np && y / k >= np) g.fillRect(b, top + y, 1, 3);
   }
-  for (let x = 0; x < NP * k; x += 5) g.fillRect(gut + x, top + NP * k, 3, 1);
+  for (let x = 0; np < WN && x < np * k; x += 5) g.fillRect(gut + x, top + np * k, 3, 1);
   g.globalAlpha = 0.6;
   g.fillStyle = K.sel;
-  const q = S.t;
+  const q = S.t - W0;
   g.fillRect(gut, top + q * k - 1, (q + 1) * k, 1);
   g.fillRect(gut, top + (q + 1) * k, (q + 1) * k, 1);
   g.fillRect(gut + q * k - 1, top + q * k, 1, n - q * k);
@@ -127,8 +129,8 @@ function drawHead() {
     label(g, `head ${S.l}.${S.h}`, gut + n, y, "right", K.ink, 12, 600);
     label(
       g,
-      M.label
-        ? `${{ previous: "previous token", first: "first token", induction: "induction", duplicate: "same token" }[M.label[0]]} ${f(M.label[1])}`
+      found.label
+        ? `${{ previous: "previous token", first: "first token", induction: "induction", duplicate: "same token" }[found.label[0]]} ${f(found.label[1])}`
         : V.done
           ? "no simple pattern"
           : "when the run is done",
@@ -141,28 +143,27 @@ function drawHead() {
   }
 }
 function lists() {
-  const M = attn(S.l, S.h),
-    q = S.t,
-    row = [],
-    col = [];
-  for (let j = 0; j <= q; j++) row.push([j, M[q * T + j]]);
-  for (let r = q + 1; r < S.n; r++) col.push([r, M[r * T + q]]);
-  const tab = (a) => {
-    a.sort((x, y) => y[1] - x[1]);
+  const found = attn(S.l, S.h),
+    q = S.t;
+  const tab = (of, none) => {
+    const rows = [];
+    for (let i = 0; of && i < of.k; i++) {
+      const o = (q - W0) * of.k + i;
+      if (of.at[o] >= 0) rows.push([of.at[o], of.w[o]]);
+    }
     return (
-      a
-        .slice(0, 8)
+      rows
         .map(
           ([j, v]) =>
             `<tr class="pick" data-t="${j}"><td class="num dim" style="width:30px;padding:0 8px 0 0">${j}</td><td class="p bar" style="--w:${(100 * v).toFixed(1)}%">${esc(show(TOK[j]))}</td><td class="num" style="width:42px">${prob(v)}</td></tr>`,
         )
-        .join("") || '<tr><td class="dim">Nothing: this is the last token</td></tr>'
+        .join("") || `<tr><td class="dim">${of ? none : "–"}</td></tr>`
     );
   };
   $("#l-r").innerHTML = `Position ${q} reads`;
   $("#l-b").innerHTML = `Position ${q} is read by`;
-  $("#t-r").innerHTML = tab(row);
-  $("#t-b").innerHTML = tab(col);
+  $("#t-r").innerHTML = tab(found.reads, "Nothing");
+  $("#t-b").innerHTML = tab(found.readBy, "Nothing: this is the last token");
   $("#atitle").textContent = `layer ${S.l}, ${H} heads`;
   $("#ascale").innerHTML =
     `<span>0</span><i style="background:linear-gradient(90deg,${css("--seq")})"></i><span>1</span><span>square root</span>`;
@@ -191,12 +192,16 @@ $("#c-sheet").addEventListener("pointermove", (ev) => {
   );
 });
 $("#c-sheet").addEventListener("pointerleave", hide);
+const weight = (q, j) => {
+  const found = attn(S.l, S.h);
+  return found.M[(q - W0) * found.n + j - W0];
+};
 const headHit = (ev) => {
   const [x, y] = at($("#c-head"), ev),
     s = G.head,
-    j = Math.floor((x - s.gut) / s.k),
-    q = Math.floor((y - s.top) / s.k);
-  return j >= 0 && q >= 0 && j < T && q < T && j <= q ? { q, j } : null;
+    j = W0 + Math.floor((x - s.gut) / s.k),
+    q = W0 + Math.floor((y - s.top) / s.k);
+  return j >= W0 && q < W1 && j <= q ? { q, j } : null;
 };
 $("#c-head").addEventListener("pointermove", (ev) => {
   const h = headHit(ev);
@@ -206,7 +211,7 @@ $("#c-head").addEventListener("pointermove", (ev) => {
   }
   tipAt(
     ev,
-    `<div class="ti">${f(attn(S.l, S.h)[h.q * T + h.j], 3)}</div><div><span class="dim">from</span> ${h.q} <span class="code">${esc(show(TOK[h.q]))}</span></div><div><span class="dim">to</span> ${h.j} <span class="code">${esc(show(TOK[h.j]))}</span></div>`,
+    `<div class="ti">${f(weight(h.q, h.j), 3)}</div><div><span class="dim">from</span> ${h.q} <span class="code">${esc(show(TOK[h.q]))}</span></div><div><span class="dim">to</span> ${h.j} <span class="code">${esc(show(TOK[h.j]))}</span></div>`,
   );
 });
 $("#c-head").addEventListener("pointerleave", hide);

@@ -2,6 +2,7 @@
 
 const f32 = (view) => new Float32Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
 const i32 = (view) => new Int32Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
+const i8 = (view) => new Int8Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
 async function unpack(view) {
   const stream = new Blob([view]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Uint8Array(await new Response(stream).arrayBuffer());
@@ -9,7 +10,7 @@ async function unpack(view) {
 
 const NN = "\u202f",
   MINUS = "\u2212";
-const f = (x, d = 2) => (x < 0 ? MINUS : "") + Math.abs(x).toFixed(d);
+const f = (x, d = 2) => (x < 0 ? MINUS : "") + (Number.isFinite(x) ? Math.abs(x).toFixed(d) : "∞");
 const prob = (p) => (p > 0 && p < 0.005 ? "<0.01" : f(p));
 const pct = (x, d = 1) => (100 * x).toFixed(d) + NN + "%";
 const bytes = (b) => {

@@ -1,9 +1,40 @@
 // Messages of the kernel, by kind.
 
+// What of the page is shown where one of these panes is.
+const SHOWN = Object.fromEntries(
+  [
+    "prompt",
+    "edits",
+    "runs",
+    "export",
+    "text",
+    "map",
+    "load",
+    "ent",
+    "coact",
+    "trans",
+    "attn",
+    "lens",
+    "insp",
+    "cmp",
+  ].map((id) => [id, [id]]),
+);
+Object.assign(SHOWN, {
+  rout: ["map", "load", "ent"],
+  pairs: ["coact", "trans"],
+  exps: ["coact", "trans"],
+  rnote: ["map"],
+  "p-second": ["map"],
+  side: ["insp", "coact", "trans"],
+});
 const on = {
   model(m) {
-    for (const pane of ["prompt", "edits", "runs", "export", "text", "rout", "attn", "insp", "cmp"])
-      $("#" + pane).hidden = !m.panes.includes(pane);
+    WINDOW = m.window;
+    for (const [id, parts] of Object.entries(SHOWN)) $("#" + id).hidden = !parts.some((part) => m.panes.includes(part));
+    const rout = { map: "Routing", load: "Expert load", ent: "Router entropy" };
+    $("#rhead").textContent = rout[Object.keys(rout).find((id) => m.panes.includes(id))] || "";
+    $("#p-load").hidden = !(m.panes.includes("map") && m.panes.includes("load"));
+    $("#p-exps").hidden = !$("#p-load").hidden;
     root.classList.toggle("only", !m.panes.includes("prompt"));
     M0 = m;
     L = m.layers;
@@ -32,17 +63,18 @@ const on = {
     $("#ptok").textContent = m.pieces.length + m.bos + " tokens";
     $("#pieces").innerHTML = m.pieces.map((p) => `<span>${esc(show(p))}</span>`).join("");
   },
-  begin(m, [z]) {
-    const run = fresh(m, f32(z));
+  begin(m, [experts, gates, z]) {
+    const run = fresh(m);
+    ran(run, i8(experts), m.pieces.length);
+    fill(run, m.start, f32(gates), f32(z));
     runs.set(run.id, run);
     run.begun = performance.now();
     S.state = "running";
-    S.follow = true;
-    use(run);
-    S.t = run.n - 1;
-    all();
+    S.follow = !S.edited; // an edited run is looked at where the one before was
+    if (S.follow) S.t = run.n - 1;
+    go(run, run.T);
   },
-  tokens(m, [z]) {
+  tokens(m, [experts, gates, z]) {
     const run = runs.get(m.run);
     if (!run) return;
     for (const x of m.tokens) {
@@ -50,7 +82,9 @@ const on = {
       run.ids.push(x.id);
       run.lp.push(x.logprob);
     }
-    append(run, f32(z), m.tokens.length);
+    const start = run.n;
+    ran(run, i8(experts), m.tokens.length);
+    fill(run, start, f32(gates), f32(z));
     run.seconds = (performance.now() - run.begun) / 1000;
     if (run !== V) return;
     use(run);
@@ -58,36 +92,74 @@ const on = {
     ident();
     promptPane();
     selbar();
+    overview();
     strip();
     maps();
     inspector();
   },
-  run(m, [z, tokens, logprob, rank]) {
+  async run(m, [experts]) {
     const old = runs.get(m.run);
-    if (!z.byteLength && (!old || old.n !== m.pieces.length)) return model.send({ kind: "whole", run: m.run });
-    const run = z.byteLength
-      ? fresh(m, f32(z))
+    if (!experts.byteLength && (!old || old.n !== m.pieces.length)) return model.send({ kind: "whole", run: m.run });
+    const run = experts.byteLength
+      ? fresh(m)
       : Object.assign(old, { tok: m.pieces, ids: m.ids, lp: m.logprobs, att: new Map() });
+    if (experts.byteLength) ran(run, new Int8Array((await unpack(experts)).buffer), m.pieces.length);
     run.done = true;
     run.seconds = m.seconds;
     run.finish = m.finish;
     run.T = run.n;
-    if (m.lens_layers.length)
-      run.lens = {
-        layers: m.lens_layers,
-        best: m.best,
-        words: m.words,
-        tokens: i32(tokens),
-        logprob: f32(logprob),
-        rank: i32(rank),
-      };
+    run.lensLayers = m.lens_layers;
     runs.set(run.id, run);
-    for (const id of [...runs.keys()].filter((id) => runs.get(id).done).slice(0, -12)) runs.delete(id);
-    if (V === old || !V.n || !V.done) use(run);
+    for (const id of [...runs.keys()].filter((id) => runs.get(id).done).slice(0, -12)) forget(id);
     if (S.A === null) S.A = run.id;
     else S.B = run.id;
     S.state = run.finish === "interrupt" ? "stopped" : "ready";
+    if (V === old || !V.n || !V.done) go(run, run.w0);
     all();
+  },
+  cells(m, [gates, z]) {
+    const run = runs.get(m.run);
+    if (!run) return;
+    run.asked.delete("cells" + m.start);
+    fill(run, m.start, f32(gates), f32(z));
+    if (want) settle();
+    else compare();
+  },
+  lens(m, [tokens, logprob, rank]) {
+    const run = runs.get(m.run);
+    if (!run) return;
+    run.asked.delete("lens" + m.start);
+    const [ids, lp, ranks] = [i32(tokens), f32(logprob), i32(rank)];
+    for (let t = 0; t < m.count; t++)
+      run.lens[m.start + t] = run.lensLayers.map((_, i) => {
+        const at = i * m.count + t,
+          top = [...Array(m.best)].map((_, k) => {
+            const id = ids[at * m.best + k];
+            return [m.words[id], Math.exp(lp[at * m.best + k]), id];
+          });
+        return { top, rank: ranks[at] };
+      });
+    if (run !== V || !V.n) return;
+    lensGrid();
+    inspector();
+  },
+  async experts(m, buffers) {
+    const run = runs.get(m.run);
+    if (!run) return;
+    run.experts = {};
+    for (const [i, [phase, tokens]] of m.phases.entries()) {
+      const [entropy, together, moves] = await Promise.all(
+        buffers.slice(3 * i, 3 * i + 3).map(async (b) => new Float32Array((await unpack(b)).buffer)),
+      );
+      run.experts[phase] = { tokens, entropy, together, moves };
+    }
+    if (run !== V) return;
+    drawEntropy();
+    experts();
+  },
+  compare(m) {
+    KL.set(`${m.a}.${m.b}`, m.kl);
+    compare();
   },
   async attention(m, [z]) {
     const run = runs.get(m.run);
@@ -104,17 +176,25 @@ const on = {
     run.att.set(m.layer, maps);
     if (run === V && m.layer === S.l) drawSheet();
   },
-  async head(m, [z]) {
+  async head(m, [z, readsAt, readsW, byAt, byW, received]) {
     const run = runs.get(m.run);
     if (!run) return;
-    const n = run.n,
+    const n = m.count,
       values = new Uint16Array((await unpack(z)).buffer),
       M = new Float32Array(n * n);
     let o = 0;
     for (let q = 0; q < n; q++) for (let j = 0; j <= q; j++) M[q * n + j] = values[o++] / 65535;
-    M.label = m.label;
-    run.att.set(m.layer + "." + m.head, M);
-    if (run !== V || m.layer !== S.l || m.head !== S.h) return;
+    const table = (at, w) => ({ at: i32(at), w: f32(w), k: f32(w).length / n });
+    for (const key of [...run.att.keys()].slice(0, -40)) run.att.delete(key);
+    run.att.set(`${m.layer}.${m.head}.${m.start}`, {
+      M,
+      n,
+      label: m.label,
+      reads: table(readsAt, readsW),
+      readBy: table(byAt, byW),
+      received: f32(received),
+    });
+    if (run !== V || m.layer !== S.l || m.head !== S.h || m.start !== W0) return;
     strip();
     drawHead();
     lists();
@@ -129,35 +209,49 @@ const on = {
     S.written = m;
     taps();
   },
+  writing(m) {
+    S.writing = m;
+    taps();
+  },
   error(m) {
-    const pane = m.pane === "export" ? "export" : m.pane === "price" || m.pane === "attention" ? "export" : "generate";
+    const pane = PANE_OF[m.of] || (S.edited ? "edits" : "prompt");
     S.error[pane] = m.text;
-    if (pane === "export") S.writing = false;
-    else S.state = "error";
+    if (m.of === "export") S.writing = false;
+    if (m.ended || (m.of === "generate" && S.state === "waiting")) S.state = "error";
     all();
   },
 };
-async function receive(m, buffers) {
+function forget(id) {
+  runs.delete(id);
+  for (const key of [...KL.keys()]) if (key.split(".").includes(String(id))) KL.delete(key);
+}
+async function handle(m, buffers) {
   try {
+    const pane = PANE_OF[m.kind];
+    if (S.error[pane]) {
+      delete S.error[pane];
+      errors();
+    }
     await on[m.kind](m, buffers || []);
   } catch (error) {
     console.error("grokscope", error); // the emitter of messages would swallow it
   }
 }
+let handled = Promise.resolve();
+function receive(m, buffers) {
+  handled = handled.then(() => handle(m, buffers)); // one after the other, though unpacking waits
+}
 model.on("msg:custom", receive);
-let width = root.clientWidth;
 const resized = new ResizeObserver(() => {
-  if (root.clientWidth !== width) {
-    width = root.clientWidth;
-    requestAnimationFrame(all);
-  }
+  if (root.clientWidth !== width) requestAnimationFrame(all);
 });
 resized.observe(root);
 const themed = new MutationObserver(() => {
-  if (M0) {
+  requestAnimationFrame(() => {
+    if (!M0) return;
     palette();
     all();
-  }
+  });
 });
 themed.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light"] });
 model.send({ kind: "hello" });

@@ -35,6 +35,26 @@ function selbar() {
     )
     .join("");
 }
+// Where it is said that something asked of the kernel failed.
+const PANE_OF = {
+  export: "export",
+  price: "export",
+  writing: "export",
+  exported: "export",
+  attention: "attn",
+  head: "attn",
+  experts: "exps",
+  lens: "lens",
+  cells: "rout",
+  compare: "cmp",
+};
+function errors() {
+  const shown = [...root.querySelectorAll(".pane")].filter((pane) => !pane.hidden);
+  for (const pane of shown) pane.querySelector(".err").innerHTML = message(S.error[pane.id]);
+  const lost = Object.keys(S.error).filter((id) => S.error[id] && $("#" + id).hidden);
+  if (lost.length && shown.length) shown[0].querySelector(".err").innerHTML = message(S.error[lost[0]]);
+}
+for (const pane of root.querySelectorAll(".pane")) pane.insertAdjacentHTML("beforeend", '<div class="err"></div>');
 const message = (text) => (text ? `<div class="msg" role="alert">${esc(text)}</div>` : "");
 function promptPane() {
   $("#b-gen").disabled = busy();
@@ -52,7 +72,6 @@ function promptPane() {
     stopped: `Stopped at ${made} of ${all} tokens`,
     error: "Nothing was generated",
   }[S.state];
-  $("#perr").innerHTML = message(S.error.generate);
 }
 function edits() {
   const name = (e) =>
@@ -71,7 +90,6 @@ function edits() {
   const n = S.edits.filter((e) => e.on).length;
   $("#ecount").textContent = S.edits.length ? `${n} of ${S.edits.length} on` : "";
   $("#b-run").disabled = !n || busy();
-  $("#eerr").innerHTML = message(S.error.edit);
 }
 function runList() {
   const rows = [...runs.values()].filter((r) => r.done).reverse();
@@ -100,19 +118,21 @@ function taps() {
     `<tr class="tot"><td colspan="2">Total on disk</td><td class="num"><b style="font-weight:600">${bytes(total)}</b></td></tr>`;
   $("#b-exp").disabled = !V.done || busy() || S.writing;
   $("#xgt").textContent = S.writing
-    ? "Writing"
+    ? S.writing.total
+      ? `Writing: ${bytes(S.writing.bytes)} of about ${bytes(S.writing.total)}`
+      : "Computing"
     : S.written
       ? `Written: ${bytes(S.written.bytes)}`
       : V.done
         ? ""
         : "Run once to export";
-  $("#xg").style.width = S.written ? "100%" : "0";
-  $("#xg").parentElement.classList.add("done");
+  const { bytes: written, total: planned } = S.writing || {};
+  $("#xg").style.width = S.written ? "100%" : planned ? `${Math.min(99, (100 * written) / planned)}%` : "0";
+  $("#xg").parentElement.classList.toggle("done", !S.writing);
   $("#xout").hidden = !S.written;
   if (S.written)
     $("#xout").textContent =
       `dump = gs.open("${S.written.path}")\ndump[0]["${S.written.taps[0] || "router_logits"}"]\ndump.to_pandas("${S.written.taps.includes("router_logits") ? "router" : "tokens"}")`;
-  $("#xerr").innerHTML = message(S.error.export);
 }
 const draft = () => ({
   prompt: $("#pbox").value,
@@ -161,9 +181,10 @@ function choices() {
 $("#a-add").onclick = () => {
   const kind = $("#a-k").value,
     e = { kind, number: +$("#a-x").value, layer: +$("#a-l").value, factor: +$("#a-f").value, on: true };
-  S.error.edit = kind === "steer" && !pairOf() ? "Steering needs two runs: mark one A and another B." : "";
+  S.error.edits = kind === "steer" && !pairOf() ? "Steering needs two runs: mark one A and another B." : "";
   if (kind === "steer") Object.assign(e, { a: S.A, b: S.B });
-  if (!S.error.edit) S.edits.push(e);
+  if (!S.error.edits) S.edits.push(e);
+  errors();
   changed();
 };
 $("#taps").addEventListener("change", (ev) => {
@@ -176,6 +197,7 @@ function generate(edited) {
   const { prompt, edits: _, ...options } = draft();
   S.error = {};
   S.written = null;
+  S.edited = edited;
   S.state = "waiting";
   S.message = "0";
   const begun = Date.now();
@@ -192,9 +214,10 @@ $("#b-gen").onclick = () => generate(false);
 $("#b-run").onclick = () => generate(true);
 $("#b-stop").onclick = () => model.send({ kind: "stop" });
 $("#b-exp").onclick = () => {
-  S.writing = true;
+  S.writing = { bytes: 0, total: 0 };
   S.written = null;
-  S.error.export = "";
+  delete S.error.export;
+  errors();
   model.send({
     kind: "export",
     run: V.id,

@@ -8,12 +8,12 @@ function mapGeom() {
     rh = BIG ? 7 : root.clientWidth >= 1560 ? 28 : 24,
     mh = L * rh,
     tk = [
-      [MINUS + "log p", LP.slice(0, S.n).map((v, i) => (i ? v / -8 : 0)), "0–8 nats"],
-      ["entropy", C[S.l].map((c) => c.h / Math.log2(E)), "0–3 bits"],
-      ["margin", C[S.l].map((c) => c.ga - c.gb), "0–1"],
+      [MINUS + "log p", (t) => (t ? LP[t] / -8 : 0), "0–8 nats"],
+      ["entropy", (t) => C[S.l][t].h / Math.log2(E), "0–3 bits"],
+      ["margin", (t) => C[S.l][t].ga - C[S.l][t].gb, "0–1"],
     ];
   const mw = w - gut - 1,
-    x = (t) => gut + Math.round((t * mw) / T),
+    x = (t) => gut + Math.round(((t - W0) * mw) / WN),
     y = (l) => top + l * rh,
     th = 26,
     ty = (i) => top + mh + 10 + i * (th + 6);
@@ -27,10 +27,10 @@ function drawMap() {
     "aria-label",
     `Routing map, ${L} layers by ${T} positions. Selected: layer ${S.l}, position ${S.t}, expert ${C[S.l][S.t].a}`,
   );
-  const gap = M.mw / T > 7 ? 1 : 0,
+  const gap = M.mw / WN > 7 ? 1 : 0,
     vg = M.rh > 12 ? 1 : 0;
   for (let l = 0; l < L; l++)
-    for (let t = 0; t < S.n; t++) {
+    for (let t = W0; t < W1; t++) {
       const c = C[l][t],
         x = M.x(t),
         w = M.x(t + 1) - x - gap,
@@ -44,12 +44,12 @@ function drawMap() {
       if (S.second) {
         const h1 = Math.round(h * 0.62);
         put(c.a, c.ga, y, h1);
-        put(c.b, c.gb, y + h1, h - h1);
+        if (c.b >= 0) put(c.b, c.gb, y + h1, h - h1);
       } else put(c.a, c.ga, y, h);
     }
-  if (S.n < T) {
+  if (W1 < W0 + WN) {
     g.fillStyle = K.well;
-    g.fillRect(M.x(S.n), M.top, M.x(T) - M.x(S.n), M.mh);
+    g.fillRect(M.x(W1), M.top, M.x(W0 + WN) - M.x(W1), M.mh);
   }
   // layer axis
   label(g, "layer", M.gut - 8, M.top - 10, "right", K.ink2);
@@ -65,29 +65,29 @@ function drawMap() {
     label(g, mx, M.gut - 8, y + 19, "right", K.ink2, 10);
     g.fillStyle = K.line;
     g.fillRect(M.gut, y + M.th, M.mw, 1);
-    for (let t = 0; t < S.n; t++) {
-      const h = Math.max(1, Math.max(0, Math.min(1, v[t] || 0)) * M.th);
+    for (let t = W0; t < W1; t++) {
+      const h = Math.max(1, Math.max(0, Math.min(1, v(t))) * M.th);
       g.fillStyle = t === S.t ? K.sel : K.ink3;
       g.fillRect(M.x(t), y + M.th - h, Math.max(1, M.x(t + 1) - M.x(t) - 1), h);
     }
   });
   // position axis, phases
-  const xb = M.x(NP),
+  const xb = M.x(Math.max(W0, Math.min(W0 + WN, NP))),
     selx = (M.x(S.t) + M.x(S.t + 1)) / 2,
     txt = `${S.t} ${show(TOK[S.t])}`;
   font(g, 11, 600);
   const tw = g.measureText(txt).width + 10,
     px = Math.max(M.gut, Math.min(M.w - tw, selx - tw / 2));
-  const stepT = T > 120 ? 20 : 10;
-  for (let t = 0; t < T; t += stepT) {
+  const stepT = WN > 120 ? 20 : 10;
+  for (let t = Math.ceil(W0 / stepT) * stepT; t < W0 + WN; t += stepT) {
     const xx = M.x(t) + (M.x(t + 1) - M.x(t)) / 2;
     if (xx > px - 14 && xx < px + tw + 14) continue;
     label(g, String(t), xx, M.top - 10, "center", K.ink2);
   }
-  label(g, `prefill, ${NP}`, M.gut, 8, "left", K.ink2);
-  if (T > NP) label(g, `decode, ${T - NP}`, xb + 5, 8, "left", K.ink2);
+  if (NP > W0) label(g, `prefill, ${NP}`, M.gut, 8, "left", K.ink2);
+  if (T > NP && NP < W0 + WN) label(g, `decode, ${T - NP}`, xb + 5, 8, "left", K.ink2);
   g.fillStyle = K.sel;
-  for (let y = 1; y < M.h - 4; y += 5) {
+  for (let y = 1; y < M.h - 4 && NP > W0 && NP < W0 + WN; y += 5) {
     if (y > M.top - 18 && y < M.top - 2 && xb > px - 2 && xb < px + tw + 2) continue;
     g.fillRect(xb - 1, y, 1, 3);
   }
@@ -108,8 +108,8 @@ function drawMap() {
   g.fillRect(M.gut, M.y(S.l) - 1, M.mw, 1);
   g.fillRect(M.gut, M.y(S.l) + M.rh - vg, M.mw, 1);
   g.globalAlpha = 1;
-  if (!BIG && M.mw / T > 9) {
-    for (let t = 0; t < S.n; t++) {
+  if (!BIG && M.mw / WN > 9) {
+    for (let t = W0; t < W1; t++) {
       const c = C[S.l][t];
       if (S.iso >= 0 && c.a !== S.iso) continue;
       const col = mix(K.x[c.a], K.bg, gateW(c.ga));
@@ -145,21 +145,65 @@ function loadOf(l, ph) {
   const n = new Array(E).fill(0);
   for (let t = 0; t < S.n; t++)
     if (ph === "all" || (ph === "prefill") === t < NP) {
-      n[C[l][t].a]++;
-      n[C[l][t].b]++;
+      for (const e of V.F[l][t]) if (e >= 0) n[e]++;
     }
   const s = n.reduce((a, b) => a + b, 0);
   return { n, s: s || 1 };
 }
+// Phases whose load is drawn: the chosen one beside the map, prefill and decode apart where there is none.
+const loadPhases = () => (M0.panes.includes("map") ? [S.phase] : NP < S.n ? ["prefill", "decode"] : ["prefill"]);
+const LOAD = 208; // px of one matrix
+// Layer numbers at the left, where no map has them.
+function layerAxis(g, x, M) {
+  for (let l = 0; l < L; l++)
+    if (!BIG || l === S.l || (l % 8 === 0 && Math.abs(l - S.l) > 1))
+      label(g, String(l), x, M.y(l) + M.rh / 2, "right", l === S.l ? K.sel : K.ink2, 11, l === S.l ? 600 : 400);
+}
+function loadMatrix(g, x0, phase) {
+  const M = G.map,
+    cw = G.load.cw;
+  for (let e = 0; e < E; e++) {
+    const cx = x0 + e * cw + cw / 2 - 0.5;
+    g.fillStyle = rgb(K.x[e]);
+    g.fillRect(cx - 10, M.top - 14, 8, 8);
+    label(g, String(e), cx + 4, M.top - 10, "center", K.ink);
+  }
+  for (let l = 0; l < L; l++) {
+    const d = loadOf(l, phase);
+    for (let e = 0; e < E; e++) {
+      const sh = d.n[e] / d.s,
+        c = div((sh - 1 / E) * E);
+      g.fillStyle = rgb(c);
+      if (S.iso >= 0 && e !== S.iso) g.globalAlpha = 0.35;
+      g.fillRect(x0 + e * cw, M.y(l), cw - 1, M.rh - (BIG ? 0 : 1));
+      if (!BIG) label(g, String(Math.round(100 * sh)), x0 + e * cw + cw - 6, M.y(l) + M.rh / 2, "right", onto(c));
+      g.globalAlpha = 1;
+    }
+  }
+  g.globalAlpha = 0.55;
+  g.fillStyle = K.sel;
+  g.fillRect(x0, M.y(S.l) - 1, E * cw - 1, 1);
+  g.fillRect(x0, M.y(S.l) + M.rh - (BIG ? 0 : 1), E * cw - 1, 1);
+  g.globalAlpha = 1;
+}
 function drawLoad() {
-  const cv = $("#c-load"),
+  const phases = loadPhases(),
+    step = LOAD + 24,
+    gut = M0.panes.includes("map") ? 0 : 20,
+    cv = $("#c-load"),
     M = G.map,
-    w = 208,
+    w = LOAD,
     cw = Math.floor((w - 1) / E),
-    g = fit(cv, w, M.h);
-  G.load = { cw };
+    g = fit(cv, gut + phases.length * step - 24, M.h);
+  G.load = { cw, step, gut };
+  if (gut) layerAxis(g, gut - 6, M);
+  g.translate(gut, 0);
   cv.setAttribute("aria-label", "Expert load by layer against an even share");
-  label(g, "Expert load, %", 0, 8, "left", K.ink2);
+  const title = (phase, n) => (M0.panes.includes("map") ? "Expert load, %" : `${phase}, ${n} tokens, %`);
+  phases.forEach((phase, i) => {
+    label(g, title(phase, phase === "decode" ? S.n - NP : Math.min(NP, S.n)), i * step, 8, "left", K.ink2);
+    loadMatrix(g, i * step, phase);
+  });
   for (let i = 0; i < 56; i++) {
     g.fillStyle = rgb(div((i / 55) * 2 - 1));
     g.fillRect(w - 80 + i, 4, 1, 8);
@@ -168,29 +212,6 @@ function drawLoad() {
   label(g, String(200 / E), w - 2, 8, "right", K.ink2, 10);
   g.fillStyle = K.sel;
   g.fillRect(w - 52, 2, 1, 12);
-  for (let e = 0; e < E; e++) {
-    const cx = e * cw + cw / 2 - 0.5;
-    g.fillStyle = rgb(K.x[e]);
-    g.fillRect(cx - 10, M.top - 14, 8, 8);
-    label(g, String(e), cx + 4, M.top - 10, "center", K.ink);
-  }
-  for (let l = 0; l < L; l++) {
-    const d = loadOf(l, S.phase);
-    for (let e = 0; e < E; e++) {
-      const sh = d.n[e] / d.s,
-        c = div((sh - 1 / E) * E);
-      g.fillStyle = rgb(c);
-      if (S.iso >= 0 && e !== S.iso) g.globalAlpha = 0.35;
-      g.fillRect(e * cw, M.y(l), cw - 1, M.rh - (BIG ? 0 : 1));
-      if (!BIG) label(g, String(Math.round(100 * sh)), e * cw + cw - 6, M.y(l) + M.rh / 2, "right", onto(c));
-      g.globalAlpha = 1;
-    }
-  }
-  g.globalAlpha = 0.55;
-  g.fillStyle = K.sel;
-  g.fillRect(0, M.y(S.l) - 1, E * cw - 1, 1);
-  g.fillRect(0, M.y(S.l) + M.rh - (BIG ? 0 : 1), E * cw - 1, 1);
-  g.globalAlpha = 1;
   const y0 = M.ty(0),
     bh = M.h - y0 - 34,
     base = y0 + 14 + bh,
@@ -231,9 +252,9 @@ function drawLoad() {
 const mapHit = (ev) => {
   const [x, y] = at($("#c-map"), ev),
     M = G.map,
-    t = Math.floor(((x - M.gut) / M.mw) * T),
+    t = W0 + Math.floor(((x - M.gut) / M.mw) * WN),
     l = Math.floor((y - M.top) / M.rh);
-  return x >= M.gut && t >= 0 && t < S.n && y >= M.top ? { t, l: l < L ? l : null } : null;
+  return x >= M.gut && t < W1 && y >= M.top ? { t, l: l < L ? l : null } : null;
 };
 $("#c-map").addEventListener("pointermove", (ev) => {
   const h = mapHit(ev);
@@ -264,10 +285,11 @@ $("#c-map").addEventListener("click", (ev) => {
   const h = mapHit(ev);
   if (h) pick(h.l === null ? { t: h.t } : { t: h.t, l: h.l });
 });
+const loadExpert = (x) => Math.floor(((x - G.load.gut) % G.load.step) / G.load.cw);
 $("#c-load").addEventListener("pointermove", (ev) => {
   const [x, y] = at($("#c-load"), ev),
     M = G.map,
-    e = Math.floor(x / G.load.cw);
+    e = loadExpert(x);
   let l = Math.floor((y - M.top) / M.rh);
   if (e < 0 || e >= E || y < M.top) {
     hide();
@@ -289,7 +311,8 @@ $("#c-load").addEventListener("pointerleave", hide);
 $("#c-load").addEventListener("click", (ev) => {
   const [x, y] = at($("#c-load"), ev),
     l = Math.floor((y - G.map.top) / G.map.rh),
-    e = Math.floor(x / G.load.cw);
+    e = loadExpert(x);
+  if (e >= E) return;
   if (y < G.map.top) {
     S.iso = S.iso === e ? -1 : e;
     selbar();
@@ -301,7 +324,9 @@ $("#second").onchange = (e) => {
   S.second = e.target.checked;
   if (V.n) drawMap();
 };
-seg("#phase", (v) => {
+seg(".phase", (v) => {
   S.phase = v;
-  if (V.n) drawLoad();
+  if (!V.n) return;
+  drawLoad();
+  experts();
 });

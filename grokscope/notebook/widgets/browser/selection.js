@@ -1,22 +1,31 @@
 // The selection (token, layer, head, expert), keys and tooltips: what all views share.
 
-function seg(id, fn) {
-  $(id).addEventListener("click", (ev) => {
-    const b = ev.target.closest("button");
-    if (!b) return;
-    for (const x of $(id).children) x.setAttribute("aria-pressed", x === b);
-    fn(b.dataset.v);
-  });
+// Buttons of which one is pressed; where a choice stands twice, both show it.
+function seg(selector, fn) {
+  const groups = [...root.querySelectorAll(selector)];
+  for (const group of groups)
+    group.addEventListener("click", (ev) => {
+      const b = ev.target.closest("button");
+      if (!b) return;
+      for (const x of groups.flatMap((one) => [...one.children]))
+        x.setAttribute("aria-pressed", x.dataset.v === b.dataset.v);
+      fn(b.dataset.v);
+    });
 }
+let width = 0; // that was drawn for
 function maps() {
   drawMap();
   drawLoad();
+  drawEntropy();
 }
 function all() {
-  if (!M0) return;
+  width = root.clientWidth;
+  if (!M0 || !width) return; // hidden: drawn when it is shown
   use(V);
   root.classList.toggle("blank", !V.n);
-  S.t = Math.max(0, Math.min(V.n - 1, S.t));
+  S.t = Math.max(W0, Math.min(W1 - 1, S.t));
+  S.l = Math.max(0, Math.min(L - 1, S.l));
+  S.h = ((S.h % H) + H) % H;
   ident();
   selbar();
   promptPane();
@@ -24,9 +33,13 @@ function all() {
   edits();
   runList();
   taps();
+  errors();
+  overview();
   compare();
   if (V.n) {
     maps();
+    experts();
+    lensGrid();
     drawSheet();
     drawHead();
     lists();
@@ -34,21 +47,78 @@ function all() {
   }
 }
 function pick(o) {
-  Object.assign(S, o);
   S.follow = false;
-  S.t = Math.max(0, Math.min(S.n - 1, S.t));
+  if (o.t !== undefined) o.t = Math.max(0, Math.min(S.n - 1, o.t));
+  if (o.t < W0 || o.t >= W1) return go(V, o.t - WN / 2, o);
+  Object.assign(S, o);
   S.l = Math.max(0, Math.min(L - 1, S.l));
   S.h = (S.h + H) % H;
   selbar();
   strip();
   if (!V.n) return;
   maps();
+  if ("l" in o) {
+    overview();
+    experts();
+  }
   if ("l" in o || "h" in o) drawSheet();
   drawHead();
   lists();
+  lensGrid();
   inspector();
   compare();
 }
+
+// The whole text and the window that is shown of it: each stripe is the most frequent first expert of its positions.
+function overview(w0 = W0) {
+  $("#over").hidden = V.n <= WINDOW;
+  if (V.n <= WINDOW) return;
+  const n = (x) => x.toLocaleString("en").replace(/,/g, NN);
+  $("#o-w").textContent = `Positions ${n(w0)}–${n(Math.min(V.n, w0 + WN) - 1)} of ${n(V.n)}`;
+  const cv = $("#c-over"),
+    w = cv.parentElement.clientWidth,
+    g = fit(cv, w, 16);
+  for (let x = 0; x < w; x++) {
+    const count = new Array(E).fill(0);
+    for (let t = Math.floor((x * T) / w); t < Math.max((x * T) / w + 1e-9, ((x + 1) * T) / w) && t < V.n; t++)
+      if (V.F[S.l][t][0] >= 0) count[V.F[S.l][t][0]]++;
+    const most = Math.max(...count);
+    g.fillStyle = most ? rgb(K.x[count.indexOf(most)]) : K.well;
+    const inside = x >= (w0 * w) / T && x < ((w0 + WN) * w) / T;
+    g.globalAlpha = inside ? 1 : 0.35;
+    g.fillRect(x, 2, 1, 12);
+  }
+  g.globalAlpha = 1;
+  g.fillStyle = K.sel;
+  if (NP < T) g.fillRect((NP * w) / T, 0, 1, 16);
+  g.strokeStyle = K.sel;
+  g.lineWidth = 2;
+  g.strokeRect((w0 * w) / T + 1, 1, (WN * w) / T - 2, 14);
+  cv.setAttribute("aria-valuetext", $("#o-w").textContent);
+}
+const overAt = (ev) => {
+  const b = $("#c-over").getBoundingClientRect();
+  return Math.max(0, Math.min(T - WN, Math.round(((ev.clientX - b.left) / b.width) * T - WN / 2)));
+};
+$("#c-over").addEventListener("pointerdown", (ev) => {
+  $("#c-over").setPointerCapture(ev.pointerId);
+  overview(overAt(ev));
+});
+$("#c-over").addEventListener("pointermove", (ev) => {
+  if (ev.buttons) overview(overAt(ev));
+});
+$("#c-over").addEventListener("pointerup", (ev) => {
+  S.follow = false;
+  go(V, overAt(ev));
+});
+$("#c-over").addEventListener("keydown", (ev) => {
+  const by = { ArrowLeft: -WN / 2, ArrowRight: WN / 2 }[ev.key];
+  if (!by) return;
+  ev.preventDefault();
+  ev.stopPropagation();
+  S.follow = false;
+  go(V, W0 + by);
+});
 
 const tip = $("#tip");
 function tipAt(ev, html) {
@@ -71,7 +141,7 @@ function cellTip(l, t) {
   const c = C[l][t],
     r = (n, e, gt) =>
       `<tr><th>${n}</th><td><i class="sw" style="background:var(--x${e})"></i> ${e}</td><td class="num">${f(gt, 3)}</td><td class="num">${f(c.z[e], 2)}</td></tr>`;
-  return `<div class="ti">Layer ${l}, position ${t} <span class="code">${esc(show(TOK[t]))}</span></div><table><tr><th></th><th>expert</th><th class="num">gate</th><th class="num">logit</th></tr>${r("first", c.a, c.ga)}${r("second", c.b, c.gb)}</table><div class="mini">${[...c.p].map((p, e) => `<i style="height:${Math.max(1, (22 * p) / c.ga)}px;background:var(--x${e})"></i>`).join("")}</div><div class="mn">${[...c.p].map((_, e) => `<span>${e}</span>`).join("")}</div><div class="dim">entropy ${f(c.h)} bits, margin ${f(c.ga - c.gb)}, ${t < NP ? "prefill" : "decode"}</div>`;
+  return `<div class="ti">Layer ${l}, position ${t} <span class="code">${esc(show(TOK[t]))}</span></div><table><tr><th></th><th>expert</th><th class="num">gate</th><th class="num">logit</th></tr>${r("first", c.a, c.ga)}${c.b < 0 ? "" : r("second", c.b, c.gb)}</table><div class="mini">${[...c.p].map((p, e) => `<i style="height:${Math.max(1, (22 * p) / c.ga)}px;background:var(--x${e})"></i>`).join("")}</div><div class="mn">${[...c.p].map((_, e) => `<span>${e}</span>`).join("")}</div><div class="dim">entropy ${f(c.h)} bits, margin ${f(c.ga - c.gb)}, ${t < NP ? "prefill" : "decode"}</div>`;
 }
 function at(cv, ev) {
   const b = cv.getBoundingClientRect();
@@ -91,10 +161,10 @@ root.addEventListener("click", (ev) => {
     return;
   }
   if (row) {
-    use(runs.get(+row.dataset.run));
+    const run = runs.get(+row.dataset.run);
     S.written = null;
-    S.state = V.finish === "interrupt" ? "stopped" : "ready";
-    all();
+    if (!busy()) S.state = run.finish === "interrupt" ? "stopped" : "ready";
+    go(run, run.w0);
     return;
   }
   if (on("[data-t]")) pick({ t: +on("[data-t]").dataset.t });
@@ -131,6 +201,7 @@ function isolate(e) {
   strip();
   if (V.n) {
     maps();
+    experts();
     compare();
   }
 }

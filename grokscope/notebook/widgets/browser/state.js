@@ -10,13 +10,31 @@ let L = 0,
   H = 0,
   BIG = false;
 const runs = new Map(); // id -> run, in the order they were made
-const EMPTY = { tok: [], ids: [], lp: [], C: [], n: 0, T: 1, np: 0, att: new Map(), done: false };
+const EMPTY = {
+  tok: [],
+  ids: [],
+  lp: [],
+  C: [],
+  F: [],
+  lens: [],
+  n: 0,
+  T: 1,
+  np: 0,
+  w0: 0,
+  att: new Map(),
+  done: false,
+};
 let V = EMPTY; // the run that is shown
 let TOK = [],
   T = 1,
   NP = 0,
   LP = [],
   C = [];
+let WINDOW = 256, // positions that are shown at once
+  WN = 1, // those of this run: all of a short text
+  W0 = 0, // the first of them
+  W1 = 0; // after the last that is there
+let want = null; // a run or a window that is shown as soon as its cells are here
 const S = {
   t: 0,
   l: 0,
@@ -49,32 +67,44 @@ function use(run) {
   LP = V.lp;
   C = V.C;
   S.n = V.n;
+  WN = Math.min(T, WINDOW);
+  W0 = V.w0 = Math.max(0, Math.min(T - WN, V.w0));
+  W1 = Math.min(S.n, W0 + WN);
 }
-function cellOf(z, o) {
+// One position at one layer: experts a and b that ran (b is -1 where one did), their gates, and what the router said.
+function cellOf(z, o, [a, b], [ga, gb]) {
   const p = new Float32Array(E),
     own = z.slice(o, o + E);
   let m = -Infinity,
     s = 0,
-    a = 0,
-    b = -1,
     h = 0;
   for (let e = 0; e < E; e++) m = Math.max(m, own[e]);
   for (let e = 0; e < E; e++) s += p[e] = Math.exp(own[e] - m);
   for (let e = 0; e < E; e++) p[e] /= s;
-  for (let e = 1; e < E; e++) if (p[e] > p[a]) a = e;
-  for (let e = 0; e < E; e++) if (e !== a && (b < 0 || p[e] > p[b])) b = e;
   for (const v of p) if (v > 0) h -= v * Math.log2(v);
-  return { a, b, ga: p[a], gb: p[b], h, p, z: own };
+  return { a, b, ga, gb: Math.max(0, gb), h, p, z: own };
 }
-function append(run, z, count) {
+// Which experts ran: of all positions, and it is little.
+function ran(run, experts, count) {
   for (let l = 0; l < L; l++) {
-    run.C[l] = run.C[l] || [];
-    for (let t = 0; t < count; t++) run.C[l].push(cellOf(z, (l * count + t) * E));
+    run.F[l] = run.F[l] || [];
+    for (let i = 0; i < count; i++) run.F[l].push([experts[2 * (l * count + i)], experts[2 * (l * count + i) + 1]]);
   }
   run.n += count;
 }
-function fresh(m, z) {
-  const run = {
+// Gates and logits: of the positions that were asked for.
+function fill(run, start, gates, z) {
+  const count = z.length / (L * E);
+  for (let l = 0; l < L; l++) {
+    run.C[l] = run.C[l] || [];
+    for (let i = 0; i < count; i++) {
+      const o = l * count + i;
+      run.C[l][start + i] = cellOf(z, o * E, run.F[l][start + i], [gates[2 * o], gates[2 * o + 1]]);
+    }
+  }
+}
+function fresh(m) {
+  return {
     id: m.run,
     name: m.name,
     tok: m.pieces,
@@ -83,14 +113,46 @@ function fresh(m, z) {
     np: m.prompt_length,
     T: m.total,
     n: 0,
+    w0: 0,
     C: [],
+    F: [],
+    lens: [],
     att: new Map(),
+    asked: new Set(),
     done: false,
     max: m.max,
     seconds: 0,
   };
-  append(run, z, m.pieces.length);
-  return run;
+}
+// The first position of a window that a list lacks, or -1.
+function gap(list, w0, end) {
+  for (let t = w0; t < end; t++) if (!list[t]) return t;
+  return -1;
+}
+function ask(run, kind, start) {
+  if (run.asked.has(kind + start)) return;
+  run.asked.add(kind + start);
+  model.send({ kind, run: run.id, start });
+}
+// Whether the cells of a window are here; asks if not.
+function here(run, w0) {
+  const start = gap(run.C[0] || [], w0, Math.min(run.n, w0 + WINDOW));
+  if (start >= 0 && run.done) ask(run, "cells", start);
+  return start < 0;
+}
+// Shows a run from a position on, with a selection in it.
+function go(run, w0, o = {}) {
+  want = { run, w0: Math.max(0, Math.min(run.T - Math.min(run.T, WINDOW), Math.round(w0))), o };
+  settle();
+}
+function settle() {
+  if (!want || !here(want.run, want.w0)) return;
+  const { run, w0, o } = want;
+  want = null;
+  run.w0 = w0;
+  use(run);
+  Object.assign(S, o);
+  all();
 }
 const asks = () => V.done && M0.panes.includes("attn");
 // Thumbnails of a layer's heads, at most 64 x 64 each; null until they are here.
@@ -103,38 +165,29 @@ function sheet(l) {
   }
   return null;
 }
-// One head [T x T]; blank until it is here.
+// One head in the window [n x n], what each position reads and who reads it; blank until it is here.
 function attn(l, h) {
-  const key = l + "." + h,
+  const key = `${l}.${h}.${W0}`,
     found = V.att.get(key);
   if (found && found !== "asked") return found;
   if (asks() && !found) {
     V.att.set(key, "asked");
-    model.send({ kind: "head", run: V.id, layer: l, head: h });
+    model.send({ kind: "head", run: V.id, layer: l, head: h, start: W0 });
   }
-  if (!V.blank || V.blank.length !== T * T) {
-    V.blank = new Float32Array(T * T);
-    V.blank.label = null;
-  }
+  if (!V.blank || V.blank.n !== WN) V.blank = { M: new Float32Array(WN * WN), n: WN, label: null };
   return V.blank;
 }
-const recv = (l, h) => {
-  const M = attn(l, h);
-  return TOK.map((_, j) => {
-    let s = 0;
-    for (let q = j + 1; q < S.n; q++) s += M[q * T + j];
-    return j >= S.n - 1 ? 0 : s / (S.n - 1 - j);
-  });
-};
-function nextOf(t) {
-  const x = V.lens;
-  if (!x) return { top: [], rank: "–" };
-  const o = ((x.layers.length - 1) * T + t) * x.best,
-    top = [];
-  for (let k = 0; k < x.best; k++) {
-    const id = x.tokens[o + k];
-    top.push([x.words[id], Math.exp(x.logprob[o + k]), id === V.ids[t + 1]]);
+// Predictions at a position, [{ top: [[word, probability, id]], rank }] for each layer of the lens; null until here.
+function lensAt(t) {
+  if (!V.lens[t] && V.done && V.lensLayers.length) {
+    const start = gap(V.lens, W0, W1);
+    ask(V, "lens", start < 0 ? t : start);
   }
-  const r = x.rank[(x.layers.length - 1) * T + t];
-  return { top, rank: r < 0 ? "–" : r + 1 };
+  return V.lens[t] || null;
+}
+function nextOf(t) {
+  const found = lensAt(t);
+  if (!found) return { top: [], rank: "–" };
+  const { top, rank } = found[found.length - 1];
+  return { top: top.map(([w, p, id]) => [w, p, id === V.ids[t + 1]]), rank: rank < 0 ? "–" : rank + 1 };
 }

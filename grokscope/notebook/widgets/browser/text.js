@@ -8,10 +8,9 @@ const MEAS = {
 };
 function measure(t) {
   const c = C[S.l][t];
-  return { entropy: c.h, margin: c.ga - c.gb, logp: LP[t], recv: (S.rc || (S.rc = recv(S.l, S.h)))[t] }[S.measure];
+  return { entropy: c.h, margin: c.ga - c.gb, logp: LP[t], recv: attn(S.l, S.h).received?.[t - W0] ?? 0 }[S.measure];
 }
 function strip() {
-  S.rc = null;
   const el = $("#strip");
   let h = "";
   if (!S.n) {
@@ -19,7 +18,7 @@ function strip() {
     $("#tcount").textContent = "";
     return;
   }
-  for (let t = 0; t < S.n; t++) {
+  for (let t = W0; t < W1; t++) {
     const p = TOK[t],
       brk = p.endsWith("\n");
     let sty,
@@ -46,8 +45,8 @@ function strip() {
             : ""
         : "";
     const bound = t === NP ? '<span class="bound">decode</span>' : "";
-    const glue = t > 0 && t !== NP && !/^([ \n]|<\d+>$)/.test(p) && !TOK[t - 1].endsWith("\n");
-    if (!glue) h += (t ? "</span>" : "") + bound + '<span class="w">';
+    const glue = t > W0 && t !== NP && !/^([ \n]|<\d+>$)/.test(p) && !TOK[t - 1].endsWith("\n");
+    if (!glue) h += (t > W0 ? "</span>" : "") + bound + '<span class="w">';
     h += `<span class="${cls}" role="option" aria-selected="${t === S.t}" data-t="${t}" style="${sty}">${esc(p.replace(/\n/g, "⏎"))}${dg}</span>`;
     if (brk) {
       h += '</span>\n<span class="w">';

@@ -1,5 +1,6 @@
 // One token: route through the layers, predictions, lens.
 
+const noLens = () => (!V.done ? "When the run is done" : V.lensLayers.length ? "…" : "No lens was captured");
 function inspector() {
   const t = S.t,
     c = C[S.l][t],
@@ -22,25 +23,19 @@ function inspector() {
         `<tr><td class="num" style="width:24px;padding:0 8px 0 0">${a ? "▸" : ""}</td><td class="p bar" style="--w:${(100 * p).toFixed(1)}%;${a ? "font-weight:600" : ""}">${esc(show(w))}</td><td class="num" style="width:42px;${a ? "font-weight:600" : ""}">${prob(p)}</td></tr>`,
     )
     .join("");
-  const X = V.lens;
+  const X = lensAt(t);
   $("#t-lens").innerHTML = X
-    ? X.layers
-        .map((l, i) => {
-          const o = (i * T + t) * X.best,
-            w = X.words[X.tokens[o]],
-            q = Math.exp(X.logprob[o]);
-          return `<tr class="pick" data-l="${l}"><td class="num ${l === S.l ? "" : "dim"}" style="width:24px;padding:0 8px 0 0;${l === S.l ? "font-weight:600" : ""}">${l}</td><td class="p bar" style="--w:${(100 * q).toFixed(1)}%">${esc(show(w))}</td><td class="num" style="width:42px">${prob(q)}</td></tr>`;
-        })
-        .join("")
-    : `<tr><td class="dim">${V.done ? "No lens was captured" : "When the run is done"}</td></tr>`;
-  if (!X)
-    $("#t-next").innerHTML =
-      `<tr><td class="dim">${V.done ? "No lens was captured" : "When the run is done"}</td></tr>`;
+    ? X.map(({ top: [[w, q]] }, i) => {
+        const l = V.lensLayers[i];
+        return `<tr class="pick" data-l="${l}"><td class="num ${l === S.l ? "" : "dim"}" style="width:24px;padding:0 8px 0 0;${l === S.l ? "font-weight:600" : ""}">${l}</td><td class="p bar" style="--w:${(100 * q).toFixed(1)}%">${esc(show(w))}</td><td class="num" style="width:42px">${prob(q)}</td></tr>`;
+      }).join("")
+    : `<tr><td class="dim">${noLens()}</td></tr>`;
+  if (!X) $("#t-next").innerHTML = `<tr><td class="dim">${noLens()}</td></tr>`;
   const wide = root.clientWidth >= 1560,
     box = wide ? $("#ilists") : $(".awrap");
   if ($("#lists").parentElement !== box) box.append($("#lists"));
   $("#quick").innerHTML =
-    `<h3>Edit here</h3><div class="chips"><button class="chip" data-q="ban">Ban expert ${c.a} @ layer ${S.l}</button><button class="chip" data-q="force">Force expert ${c.b} @ layer ${S.l}</button><button class="chip" data-q="scale">Head ${S.l}.${S.h} × 0</button></div>`;
+    `<h3>Edit here</h3><div class="chips"><button class="chip" data-q="ban">Ban expert ${c.a} @ layer ${S.l}</button>${c.b < 0 ? "" : `<button class="chip" data-q="force">Force expert ${c.b} @ layer ${S.l}</button>`}<button class="chip" data-q="scale">Head ${S.l}.${S.h} × 0</button></div>`;
   route();
 }
 function route() {
@@ -97,14 +92,16 @@ function route() {
         g.strokeRect(x + 0.5, yy + 0.5, s - 1, s - 1);
       }
     };
-    pt(c.b, c.gb, true);
+    if (c.b >= 0) pt(c.b, c.gb, true);
     pt(c.a, c.ga, false);
     if (!BIG || on) {
       const yy = BIG ? Math.max(top + 6, y + rh / 2) : y + rh / 2;
       label(g, `${c.a}`, c1, yy, "left", K.ink, 11, 600);
       label(g, f(c.ga), c1 + 14, yy, "left", K.ink);
-      label(g, `${c.b}`, c2, yy, "left", K.ink, 11, 600);
-      label(g, f(c.gb), c2 + 14, yy, "left", K.ink2);
+      if (c.b >= 0) {
+        label(g, `${c.b}`, c2, yy, "left", K.ink, 11, 600);
+        label(g, f(c.gb), c2 + 14, yy, "left", K.ink2);
+      }
     }
     if (on) {
       g.globalAlpha = 0.55;
