@@ -270,11 +270,11 @@ def test_a_session_in_the_browser(lab_url, tmp_path):
         page.click(".gs [data-k='l+']")
         assert page.inner_text(".gs #o-l") == "1"
         box = page.locator(".gs #c-map").bounding_box()
-        before = len(page.requests)
+        before = len(page.told)
         page.mouse.move(box["x"] + 100, box["y"] + 60)
         assert "Layer" in page.inner_text(".gs #tip")
         assert "gate" in page.inner_text(".gs #tip")
-        assert len(page.requests) == before, "hovering asks nothing"
+        assert len(page.told) == before, "hovering asks nothing"
         page.click(".gs #c-sheet", position={"x": 120, "y": 30})
         assert page.inner_text(".gs #o-h") == "1.1"
         page.wait_for_function("() => document.querySelectorAll('.gs #t-r tr').length >= 3")
@@ -315,6 +315,25 @@ def test_runs_that_are_forgotten(app, monkeypatch):
     for _ in range(3):
         generated(app, max=2)
     assert len(app.runs) == 2
+
+
+def test_a_saved_notebook_has_a_picture(tmp_path):
+    """Of what was there when the cell ran, and of the run that was made since."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    cells = [
+        CELL,
+        "app._on_generate('The', {'max': 4, 'temperature': 0, 'top_p': 1, 'seed': 0}, [])\napp._worker.join()",
+    ]
+    lab.write_notebook(tmp_path / "n.ipynb", *cells, "gs.view(app.trace, app.trace)")
+    notebook = nbformat.read(tmp_path / "n.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    for cell in (notebook.cells[0], notebook.cells[2]):
+        widget, still = (output.data for output in cell.outputs)
+        assert "application/vnd.jupyter.widget-view+json" in widget
+        assert "gs-still" in still["text/html"]
+        assert "data:image/png" in still["text/html"]
 
 
 def test_views_that_cannot_be(grok, app):

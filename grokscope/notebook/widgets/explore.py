@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from IPython.display import HTML
 
 from grokscope.analysis.compare import Comparison, compare
 from grokscope.notebook.widgets.page import (
@@ -45,6 +46,8 @@ class Explore(Page):
         self._grok = grok
         self._number = 0
         self._stop = threading.Event()
+        self._drawing = threading.Lock()
+        self._model = threading.RLock()  # a Grok runs in one thread at a time
         self._worker: threading.Thread | None = None
         layers = grok.config.num_layers
         self._lens_layers = list(range(layers)) if layers <= 16 else [*range(7, layers, 8)]
@@ -68,11 +71,14 @@ class Explore(Page):
             )
 
     def _on_generate(self, prompt: str, options: dict, edits: list) -> None:
-        if self._worker and self._worker.is_alive():
-            raise RuntimeError("a run is under way; stop it first")
-        made = [edit for one in edits for edit in self._edit(one)]
+        if self._worker:
+            self._worker.join(0.5)  # it may have told its last and not yet have ended
+            if self._worker.is_alive():
+                raise RuntimeError("a run is under way; stop it first")
         if not prompt:
             raise ValueError("the prompt is empty; type a text")
+        with self._model:
+            made = [edit for one in edits for edit in self._edit(one)]
         self._number += 1
         name = ", ".join(_short(one) for one in edits) or f"baseline, seed {options['seed']}"
         run = Run(self._number, name, prompt, options, edits)
@@ -101,7 +107,8 @@ class Explore(Page):
 
         def told() -> None:
             try:
-                super(Explore, self)._on_compare(a, b)
+                with self._model:
+                    super(Explore, self)._on_compare(a, b)
             except Exception as err:
                 self._failed("compare", err)
 
@@ -158,7 +165,7 @@ class Explore(Page):
         try:
             ids = self._grok.encode(run.prompt)
             prompt_length = len(ids)
-            with self._grok.edits(*made):
+            with self._model, self._grok.edits(*made):
                 (trace,) = self._grok.stream(
                     [ids], o["max"], temperature=o["temperature"], top_p=o["top_p"], seed=o["seed"], on_token=on_token,
                     capture=["router_logits", capture("attn_pattern", later=True), lens],
@@ -171,15 +178,21 @@ class Explore(Page):
         run.trace = trace
         self._runs = [*self._runs, run][-RUNS:]
         self._show(run, trace, known=True)
+        threading.Thread(target=self._redraw, daemon=True).start()
+
+    def _redraw(self) -> None:
+        """In a thread of its own, so that the next run need not wait."""
+        with self._drawing:
+            if self._still is not None:
+                self._still.update(HTML(self._picture()))
 
     def _export(self, run: Run, taps: list[str], directory: str) -> None:
         trace, done = self._trace(run.id), threading.Event()
         try:
-            made = [edit for one in run.edits for edit in self._edit(one)]
             plan = self._grok.plan([trace.tokens], capture=list(taps) or ())
             watch = threading.Thread(target=self._watch, args=(Path(directory), plan.total["disk"], done), daemon=True)
             watch.start()
-            with self._grok.edits(*made):
+            with self._model, self._grok.edits(*(edit for one in run.edits for edit in self._edit(one))):
                 dump = self._grok.dump([trace.tokens], directory, capture=list(taps) or ())
             done.set()
             watch.join()

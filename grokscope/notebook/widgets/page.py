@@ -6,16 +6,20 @@ build, and nothing is fetched. The page holds views and the selection; the kerne
 binary buffers. A page that is loaded again asks for everything it shows.
 """
 
+import base64
 import dataclasses
+import io
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import anywidget
 import numpy as np
 import traitlets
+from IPython.display import HTML, display
+from matplotlib.figure import Figure
 
 from grokscope import look
 from grokscope.analysis import routing
@@ -23,6 +27,7 @@ from grokscope.analysis.attention import targets
 from grokscope.analysis.compare import Comparison, compare
 from grokscope.config import GrokConfig
 from grokscope.model.taps import TAPS
+from grokscope.notebook import plots
 from grokscope.run.trace import Trace
 
 BROWSER = Path(__file__).with_name("browser")
@@ -81,9 +86,28 @@ class Page(anywidget.AnyWidget):
 
     def __init__(self, runs: list[Run], panes: tuple[str, ...] = tuple(PANES), **draft):
         super().__init__(draft=draft)
+        self._still = None
         self._runs = runs
         self._panes = panes
         self.on_msg(self._receive)
+
+    def _ipython_display_(self, **_) -> None:
+        """The widget, and under it a picture for where it does not live: in a saved notebook, or on paper. The page
+        hides the picture (page.css)."""
+        data, metadata = super()._repr_mimebundle_() or ({}, {})
+        display(data, metadata=metadata, raw=True)
+        self._still = display(HTML(self._picture()), display_id=True)
+
+    def _picture(self) -> str:
+        """HTML of the newest run, or of the newest two where they can be compared."""
+        if not self.runs:
+            return '<div class="gs-still">No run was made before this was saved. Run the cell again.</div>'
+        last = self.runs[-1]
+        parts = [last._repr_html_(), _image(plots.routing, last)]
+        if "compare" in self._panes and len(self.runs) > 1:
+            comparison = compare(*self.runs[-2:])
+            parts += [comparison._repr_html_(), _image(plots.compare, comparison)]
+        return f'<div class="gs-still">{"".join(parts)}</div>'
 
     @property
     def runs(self) -> list[Trace]:
@@ -242,6 +266,15 @@ def shape(config: GrokConfig, name: str, numerics: str) -> dict[str, Any]:
         "facts": [size, f"{c.num_layers} layers, {c.num_experts} experts, {c.num_q_heads} heads"],
         "taps": {tap: " ".join(TAPS[tap].dims) for tap in EXPORTED},
     }  # fmt: skip
+
+
+def _image(plot: Callable, of: Any) -> str:
+    """A plot as HTML. Without pyplot, whose current figure belongs to the notebook's cells."""
+    figure, file = Figure(figsize=(7.2, 2.6), layout="constrained"), io.BytesIO()
+    plot(of, ax=figure.add_subplot())
+    figure.savefig(file, format="png", dpi=100)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="{plot.__name__}" src="data:image/png;base64,{data}">'
 
 
 def raw(array: np.ndarray) -> bytes:

@@ -72,7 +72,7 @@ const on = {
     S.state = "running";
     S.follow = !S.edited; // an edited run is looked at where the one before was
     if (S.follow) S.t = run.n - 1;
-    go(run, run.T);
+    go(run, run.n - WINDOW);
   },
   tokens(m, [experts, gates, z]) {
     const run = runs.get(m.run);
@@ -87,6 +87,7 @@ const on = {
     fill(run, start, f32(gates), f32(z));
     run.seconds = (performance.now() - run.begun) / 1000;
     if (run !== V) return;
+    if (S.follow) run.w0 = run.n - WINDOW;
     use(run);
     if (S.follow) S.t = run.n - 1;
     ident();
