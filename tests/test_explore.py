@@ -211,6 +211,7 @@ def test_in_the_browser(lab_url):
         assert page.inner_text(".gs #o-t") == "3"
         assert "position 3, prefill" in page.inner_text(".gs #iwhere")
         page.wait_for_function("() => document.querySelectorAll('.gs #t-next tr').length === 5")
+        assert not page.locator(".gs-still").is_visible(), "that is for where the widget does not live"
         assert page.errors == []
         assert {re.split("[/:]", url)[3] for url in page.requests if url.startswith("http")} == {"127.0.0.1"}
 
@@ -241,6 +242,30 @@ def test_a_view_in_the_browser(tmp_path):
         assert "by chance" in second.locator("#tip").inner_text()
         second.locator("#c-ent").hover(position={"x": 40, "y": 60})
         assert "mean entropy" in second.locator("#tip").inner_text()
+        assert page.errors == []
+
+
+@pytest.mark.slow
+def test_a_long_text_in_the_browser(tmp_path):
+    """The overview moves the window; strip, map and head follow; a read outside of it is one click away."""
+    lab.needs_chromium()
+    cells = [
+        "import grokscope as gs, numpy as np\ngrok = gs.load()",
+        "gs.view(grok.trace(np.arange(900) % 500 + 5, capture=['router_logits', gs.capture('attn_pattern', later=True)]))",
+    ]
+    lab.write_notebook(tmp_path / "long.ipynb", *cells)
+    with lab.server(tmp_path) as url, lab.page() as page:
+        lab.run_all(page, url("long.ipynb"))
+        page.wait_for_function("() => document.querySelectorAll('.gs .tok').length === 256")
+        assert page.inner_text(".gs #o-w") == "Positions 0–255 of 900"
+        box = page.locator(".gs #c-over").bounding_box()
+        page.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + 8)
+        page.wait_for_function("() => document.querySelector('.gs #o-w').textContent.startsWith('Positions 322')")
+        page.wait_for_function("() => document.querySelector('.gs #o-t').textContent === '322'")
+        page.wait_for_function("() => document.querySelectorAll('.gs #t-r tr').length === 8")
+        far = int(page.inner_text(".gs #t-r tr >> nth=0").split()[0])
+        page.click(".gs #t-r tr >> nth=0")
+        page.wait_for_function(f"() => document.querySelector('.gs #o-t').textContent === '{far}'")
         assert page.errors == []
 
 
