@@ -162,7 +162,7 @@ class Page(anywidget.AnyWidget):
         known = trace.meta.get("words", {})
         words = {str(token): known.get(str(token), f"<{token}>") for token in np.unique(best)}
         message = {"kind": "lens", "run": run, "start": start, "count": best.shape[1], "best": best.shape[-1]}
-        self.send(message | {"words": words}, [raw(a) for a in (best, logprob, rank)])
+        self.send(message | {"words": words}, [zlib.compress(raw(a), 1) for a in (best, logprob, rank)])
 
     def _on_experts(self, run: int) -> None:
         """Entropy, co-activation and transitions of a whole run, as `grokscope.analysis` has them."""

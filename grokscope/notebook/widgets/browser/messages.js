@@ -126,11 +126,13 @@ const on = {
     if (want) settle();
     else compare();
   },
-  lens(m, [tokens, logprob, rank]) {
+  async lens(m, buffers) {
     const run = runs.get(m.run);
     if (!run) return;
     run.asked.delete("lens" + m.start);
-    const [ids, lp, ranks] = [i32(tokens), f32(logprob), i32(rank)];
+    const [ids, lp, ranks] = (await Promise.all(buffers.map(unpack))).map(({ buffer }, i) =>
+      i === 1 ? new Float32Array(buffer) : new Int32Array(buffer),
+    );
     for (let t = 0; t < m.count; t++)
       run.lens[m.start + t] = run.lensLayers.map((_, i) => {
         const at = i * m.count + t,
