@@ -344,6 +344,7 @@ def test_runs_that_are_forgotten(app, monkeypatch):
     assert len(app.runs) == 2
 
 
+@pytest.mark.slow
 def test_a_saved_notebook_has_a_picture(tmp_path):
     """Of what was there when the cell ran, and of the run that was made since."""
     import nbformat
