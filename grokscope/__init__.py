@@ -40,7 +40,7 @@ _NAMES = {
     "TAPS": "grokscope.model.taps",
     "compare": "grokscope.analysis.compare",
     "explore": "grokscope.notebook.widgets.explore",
-    "view": "grokscope.notebook.widgets.explore",
+    "view": "grokscope.notebook.widgets.page",
     "Tokenizer": "grokscope.tokenizer",
     "verify": "grokscope.checkpoint.ckpt0",
 }
@@ -56,7 +56,8 @@ if TYPE_CHECKING:
     from grokscope.model.taps import TAPS
     from grokscope.notebook import plots as plot
     from grokscope.notebook.cluster import Cluster, ClusterError, cluster
-    from grokscope.notebook.widgets.explore import explore, view
+    from grokscope.notebook.widgets.explore import explore
+    from grokscope.notebook.widgets.page import view
     from grokscope.run.captures import REDUCTIONS, capture
     from grokscope.run.dump import Dump, open
     from grokscope.run.edits import Edit, ablate, add, edit, patch, route, scale, set

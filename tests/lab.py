@@ -72,16 +72,17 @@ def server(root: Path):
 
 @contextlib.contextmanager
 def page(width: int = 1280, height: int = 1700):
-    """A page that remembers `errors` of its console and the `requests` it made."""
+    """A page that remembers `errors` of its console, the `requests` it made and what it `told` the kernels."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=ARGUMENTS)
         opened = browser.new_context(viewport={"width": width, "height": height}).new_page()
-        opened.errors, opened.requests = [], []
+        opened.errors, opened.requests, opened.told = [], [], []
         opened.on("console", lambda m: opened.errors.append(m.text) if m.type == "error" else None)
         opened.on("pageerror", lambda e: opened.errors.append(str(e)))
         opened.on("request", lambda r: opened.requests.append(r.url))
+        opened.on("websocket", lambda socket: socket.on("framesent", lambda data: opened.told.append(data)))
         try:
             yield opened
         finally:

@@ -35,24 +35,38 @@ def generated(app, edits=(), **options):
     return [m for m in app.sent if m[0]["kind"] != "tokens"]
 
 
+def arrays(buffers, *kinds):
+    return [np.frombuffer(data, kind) for data, kind in zip(buffers, kinds, strict=True)]
+
+
 def test_a_run_as_it_is_sent(app):
     """Begun with the prompt's routing, tokens in batches, then the whole, which is what the Trace holds."""
-    (begin, (prompt,)), (run, buffers) = generated(app)
+    (begin, prompt), (run, buffers) = generated(app)
     trace = app.trace
-    logits = trace["router_logits"]
-    assert (np.frombuffer(prompt, np.float32).reshape(6, -1, 8) == logits[:, : trace.prompt_length]).all()
-    streamed = [
-        np.frombuffer(data, np.float32).reshape(6, -1, 8)
-        for m, (data,) in [x for x in app.sent if x[0]["kind"] == "tokens"]
-    ]
-    assert (np.concatenate(streamed, axis=1) == logits[:, trace.prompt_length :]).all()
+    parts = [prompt, *(data for m, data in app.sent if m["kind"] == "tokens")]
+    streamed = [arrays(part, np.int8, np.float32, np.float32) for part in parts]
+    for (name, last), own in zip((("expert_index", 2), ("expert_gate", 2), ("router_logits", 8)), zip(*streamed)):
+        assert (np.concatenate([part.reshape(6, -1, last) for part in own], axis=1) == trace[name]).all()
     assert run["pieces"] == trace.pieces
     assert begin["total"] == len(trace)
-    assert buffers[0] == b"", "the page has it"
+    assert buffers == [b""], "the page has it"
     app._receive(app, {"kind": "whole", "run": 1}, [])
-    assert (np.frombuffer(app.sent[-1][1][0], np.float32).reshape(logits.shape) == logits).all()
+    (data,) = app.sent[-1][1]
+    experts = np.frombuffer(zlib.decompress(data), np.int8).reshape(trace["expert_index"].shape)
+    assert (experts == trace["expert_index"]).all()
+    app._receive(app, {"kind": "cells", "run": 1, "start": 0}, [])
+    _, logits = arrays(app.sent[-1][1], np.float32, np.float32)
+    assert (logits.reshape(trace["router_logits"].shape) == trace["router_logits"]).all()
     size = sum(len(b) for _, bs in app.sent for b in bs) + len(json.dumps([m for m, _ in app.sent]))
     assert size < 100_000
+
+
+def test_experts_that_were_forced_are_those_that_are_shown(app):
+    """Not those the router would have taken; there is no second."""
+    generated(app, [{"kind": "force", "layer": 2, "number": 1}])
+    first, second = np.frombuffer(app.sent[0][1][0], np.int8).reshape(6, -1, 2)[2].T
+    assert set(first) == {1}
+    assert set(second) == {-1}
 
 
 def test_attention_as_it_is_sent(app):
@@ -60,10 +74,16 @@ def test_attention_as_it_is_sent(app):
     generated(app, max=80)
     n = len(app.trace)
     pattern = app.trace.attention(layers=2)[0]
-    app._receive(app, {"kind": "head", "run": 1, "layer": 2, "head": 4}, [])
-    _, (data,) = app.sent[-1]
+    app._receive(app, {"kind": "head", "run": 1, "layer": 2, "head": 4, "start": 0}, [])
+    _, (data, at, weight, *_, received) = app.sent[-1]
     found = np.frombuffer(zlib.decompress(data), np.uint16) / 65535
     np.testing.assert_allclose(found, pattern[4][np.tril_indices(n)], atol=1e-5)
+    at, weight = np.frombuffer(at, np.int32).reshape(n, -1), np.frombuffer(weight, np.float32).reshape(n, -1)
+    assert at[50, 0] == pattern[4, 50].argmax()
+    assert weight[50, 0] == pattern[4, 50].max()
+    assert (at[0, 1:] == -1).all(), "the first position has one to read"
+    received = np.frombuffer(received, np.float32)
+    assert received[3] == pytest.approx(pattern[4, 4:, 3].mean(), rel=1e-5)
     app._receive(app, {"kind": "attention", "run": 1, "layer": 2}, [])
     message, (data,) = app.sent[-1]
     assert n > message["size"] == 64
@@ -73,6 +93,64 @@ def test_attention_as_it_is_sent(app):
         block = pattern[h, bounds[q] : bounds[q + 1], bounds[k] : bounds[k + 1]]
         assert thumbs[h, q, k] == pytest.approx(block.max(), abs=0.005)
     assert len(message["labels"]) == 6
+
+
+def test_experts_together_as_they_are_sent(app):
+    """The numbers of grokscope.analysis, phase by phase."""
+    generated(app, max=40)
+    app._receive(app, {"kind": "experts", "run": 1}, [])
+    message, buffers = app.sent[-1]
+    assert [name for name, _ in message["phases"]] == ["all", "prefill", "decode"]
+    found = [np.frombuffer(zlib.decompress(data), np.float32) for data in buffers[6:]]
+    for name, own in zip(("entropy", "coactivation", "transitions"), found, strict=True):
+        frame = getattr(gs.analysis, name)(app.trace, phase="decode")
+        columns = ["entropy"] if name == "entropy" else ["count", "expected", "lift"]
+        np.testing.assert_array_equal(own, frame[columns].to_numpy(np.float32).ravel())
+
+
+def test_a_long_text_is_sent_by_windows(grok, monkeypatch):
+    """What the page asks for of 900 tokens is no more than of 256."""
+    keep = ["router_logits", gs.capture("attn_pattern", later=True), gs.capture("resid_post", reduce="lens", k=5)]
+    trace = grok.trace(np.arange(900) % 500 + 5, capture=keep)
+    page, sent = gs.view(trace), []
+    monkeypatch.setattr(type(page), "send", lambda self, message, buffers=None: sent.append((message, buffers or [])))
+    page._receive(page, {"kind": "hello"}, [])
+    asked = [("cells", {"start": 300}), ("lens", {"start": 800}), ("head", {"layer": 1, "head": 2, "start": 300})]
+    for kind, more in asked:
+        page._receive(page, {"kind": kind, "run": 1, **more}, [])
+    assert [m["kind"] for m, _ in sent] == ["model", "run", "cells", "lens", "head"]
+    assert [m["count"] for m, _ in sent[2:]] == [256, 100, 256]
+    cells, lens, head = (buffers for _, buffers in sent[2:])
+    here = slice(300, 556)
+    assert (np.frombuffer(cells[1], np.float32).reshape(6, 256, 8) == trace["router_logits"][:, here]).all()
+    assert (
+        np.frombuffer(zlib.decompress(lens[0]), np.int32).reshape(6, 100, 5) == trace["resid_post.lens"][:, 800:]
+    ).all()
+    pattern = trace.attention(layers=1, heads=2)[0, 0]
+    triangle = np.frombuffer(zlib.decompress(head[0]), np.uint16) / 65535
+    np.testing.assert_allclose(triangle, pattern[here, here][np.tril_indices(256)], atol=1e-5)
+    assert np.frombuffer(head[1], np.int32).reshape(256, -1)[7, 0] == pattern[307].argmax(), "of the whole text"
+    assert sum(len(b) for _, bs in sent for b in bs) < 400_000
+
+
+def test_kl_of_two_runs(app, grok):
+    """As gs.compare has it, of runs that did not keep their logits, each under its own edits."""
+    generated(app)
+    generated(app, [{"kind": "ban", "layer": 3, "number": 5}])
+    a, b = app.runs
+    app._receive(app, {"kind": "compare", "a": 1, "b": 2}, [])
+    deadline = time.monotonic() + 60
+    while app.sent[-1][0]["kind"] != "compare":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    found = app.sent[-1][0]["kl"]
+    plain = grok.trace(a.tokens, capture=["logits"])
+    with grok.edits(gs.route.ban(experts=5, layers=3)):
+        banned = grok.trace(b.tokens, capture=["logits"])
+    comparison = gs.compare(plain, banned)
+    until = comparison.divergence or len(found)
+    np.testing.assert_allclose(found[:until], comparison.divergence_nats[:until], atol=1e-6)
+    assert max(found[:until]) > 1e-3
 
 
 def test_edits_of_the_panel(app):
@@ -94,11 +172,8 @@ def test_errors_reach_the_page(app):
     assert "run 9 was forgotten" in app.sent[-1][0]["text"]
     assert "context holds 1024" in generated(app, max=5000)[-1][0]["text"]
     app._receive(app, {"kind": "generate", "prompt": "", "options": {"seed": 0}, "edits": []}, [])
-    assert app.sent[-1][0] == {
-        "kind": "error",
-        "pane": "generate",
-        "text": "ValueError: the prompt is empty; type a text",
-    }
+    error = {"kind": "error", "of": "generate", "text": "ValueError: the prompt is empty; type a text"}
+    assert app.sent[-1][0] == error, "not `ended`: no run failed"
 
 
 def test_export(app, tmp_path):
@@ -137,7 +212,8 @@ def test_in_the_browser(lab_url):
         page.click(".gs .tok >> nth=3")
         assert page.inner_text(".gs #o-t") == "3"
         assert "position 3, prefill" in page.inner_text(".gs #iwhere")
-        assert len(page.query_selector_all(".gs #t-next tr")) == 5
+        page.wait_for_function("() => document.querySelectorAll('.gs #t-next tr').length === 5")
+        assert not page.locator(".gs-still").is_visible(), "that is for where the widget does not live"
         assert page.errors == []
         assert {re.split("[/:]", url)[3] for url in page.requests if url.startswith("http")} == {"127.0.0.1"}
 
@@ -150,7 +226,7 @@ def test_a_view_in_the_browser(tmp_path):
         "import grokscope as gs\ngrok = gs.load()\nkeep = ['router_logits', gs.capture('attn_pattern', later=True)]",
         "a, b = grok.generate(['The old keeper', 'The old house'], 12, capture=keep)\na.save('a')",
         "gs.view(gs.open('a'))",
-        "gs.view(a, b, panes=['routing', 'compare'])",
+        "gs.view(a, b, panes=['routing', 'compare', 'coactivation', 'transitions', 'router_entropy'])",
     ]
     lab.write_notebook(tmp_path / "view.ipynb", *cells)
     with lab.server(tmp_path) as url, lab.page() as page:
@@ -163,6 +239,35 @@ def test_a_view_in_the_browser(tmp_path):
         second = page.locator(".gs >> nth=1")
         assert "First divergence" in second.locator("#ckey").inner_text()
         assert not second.locator("#strip").is_visible()
+        second.locator("#pairs", has_text="×").wait_for()
+        second.locator("#c-coact").hover(position={"x": 80, "y": 40})
+        assert "by chance" in second.locator("#tip").inner_text()
+        second.locator("#c-ent").hover(position={"x": 40, "y": 60})
+        assert "mean entropy" in second.locator("#tip").inner_text()
+        assert page.errors == []
+
+
+@pytest.mark.slow
+def test_a_long_text_in_the_browser(tmp_path):
+    """The overview moves the window; strip, map and head follow; a read outside of it is one click away."""
+    lab.needs_chromium()
+    cells = [
+        "import grokscope as gs, numpy as np\ngrok = gs.load()",
+        "gs.view(grok.trace(np.arange(900) % 500 + 5, capture=['router_logits', gs.capture('attn_pattern', later=True)]))",
+    ]
+    lab.write_notebook(tmp_path / "long.ipynb", *cells)
+    with lab.server(tmp_path) as url, lab.page() as page:
+        lab.run_all(page, url("long.ipynb"))
+        page.wait_for_function("() => document.querySelectorAll('.gs .tok').length === 256")
+        assert page.inner_text(".gs #o-w") == "Positions 0–255 of 900"
+        box = page.locator(".gs #c-over").bounding_box()
+        page.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + 8)
+        page.wait_for_function("() => document.querySelector('.gs #o-w').textContent.startsWith('Positions 322')")
+        page.wait_for_function("() => document.querySelector('.gs #o-t').textContent === '322'")
+        page.wait_for_function("() => document.querySelectorAll('.gs #t-r tr').length === 8")
+        far = int(page.inner_text(".gs #t-r tr >> nth=0").split()[0])
+        page.click(".gs #t-r tr >> nth=0")
+        page.wait_for_function(f"() => document.querySelector('.gs #o-t').textContent === '{far}'")
         assert page.errors == []
 
 
@@ -192,11 +297,11 @@ def test_a_session_in_the_browser(lab_url, tmp_path):
         page.click(".gs [data-k='l+']")
         assert page.inner_text(".gs #o-l") == "1"
         box = page.locator(".gs #c-map").bounding_box()
-        before = len(page.requests)
+        before = len(page.told)
         page.mouse.move(box["x"] + 100, box["y"] + 60)
         assert "Layer" in page.inner_text(".gs #tip")
         assert "gate" in page.inner_text(".gs #tip")
-        assert len(page.requests) == before, "hovering asks nothing"
+        assert len(page.told) == before, "hovering asks nothing"
         page.click(".gs #c-sheet", position={"x": 120, "y": 30})
         assert page.inner_text(".gs #o-h") == "1.1"
         page.wait_for_function("() => document.querySelectorAll('.gs #t-r tr').length >= 3")
@@ -239,10 +344,36 @@ def test_runs_that_are_forgotten(app, monkeypatch):
     assert len(app.runs) == 2
 
 
+@pytest.mark.slow
+def test_a_saved_notebook_has_a_picture(tmp_path):
+    """Of what was there when the cell ran, and of the run that was made since."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    cells = [
+        CELL,
+        "app._on_generate('The', {'max': 4, 'temperature': 0, 'top_p': 1, 'seed': 0}, [])\napp._worker.join()",
+    ]
+    lab.write_notebook(tmp_path / "n.ipynb", *cells, "gs.view(app.trace, app.trace)")
+    notebook = nbformat.read(tmp_path / "n.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    for cell in (notebook.cells[0], notebook.cells[2]):
+        widget, still = (output.data for output in cell.outputs)
+        assert "application/vnd.jupyter.widget-view+json" in widget
+        assert "gs-still" in still["text/html"]
+        assert "data:image/png" in still["text/html"]
+
+
 def test_views_that_cannot_be(grok, app):
     with pytest.raises(ValueError, match="lacks routing"):
         gs.view(grok.trace([1, 2], capture=()))
     with pytest.raises(ValueError, match="no pane 'map'"):
         gs.view(grok.trace([1, 2]), panes=["map"])
+    with pytest.raises(ValueError, match="Trace 0 lacks a lens"):
+        gs.view(grok.trace([1, 2]), panes="logit_lens")
+    with pytest.raises(ValueError, match="Trace 0 lacks attention"):
+        gs.view(grok.trace([1, 2]), panes=["attention"])
+    with pytest.raises(ValueError, match="give two"):
+        gs.view(grok.trace([1, 2]), panes=["compare"])
     with pytest.raises(TypeError, match="view takes Traces"):
         gs.view("text")

@@ -1,157 +1,41 @@
 """`explore(grok)`: prompt, watch the routing while text appears, look at tokens and heads, edit, compare, export.
 
-The page (explore.js) holds views and the selection; the kernel holds runs. Messages carry arrays as binary buffers.
 Generation runs in a thread, and Stop sets an event that the next token sees; tokens are sent in batches, so that a fast
-model does not flood the page. A page that is loaded again asks for everything it shows.
+model does not flood the page.
 """
 
-import dataclasses
+import contextlib
 import threading
 import time
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import anywidget
 import numpy as np
-import traitlets
+from IPython.display import HTML
 
-from grokscope import look
-from grokscope.analysis.attention import patterns, targets
-from grokscope.config import GrokConfig
-from grokscope.model.taps import TAPS
+from grokscope.analysis.compare import Comparison, compare
+from grokscope.notebook.widgets.page import (
+    EXAMPLES,
+    EXPORTED,
+    RUNS,
+    WINDOW,
+    Page,
+    Run,
+    experts_bytes,
+    pairs,
+    raw,
+    shape,
+)
 from grokscope.run import edits as edits_module
 from grokscope.run.captures import capture
 from grokscope.run.edits import Edit
 from grokscope.run.engine import Grok, TokenEvent
-from grokscope.run.trace import Trace
+from grokscope.run.trace import ROUTING, Trace
 
 BATCH_SECONDS = 0.05
-RUNS = 12  # kept; older ones are forgotten
+WATCH_SECONDS = 0.1
 BEST = 5
-THUMBNAIL = 64
-EXAMPLES = {
-    "Story": "The old keeper of the lighthouse climbed the stairs at dusk, and",
-    "Repeat": "red fox, blue whale, grey owl, black cat. red fox, blue whale, grey",
-    "Python": "def area(width, height):\n    return width * height\n\ndef volume(",
-    "German": "Der alte Mann ging jeden Morgen an das Meer und",
-}
-PANES = {
-    "prompt": "prompt", "edits": "edits", "runs": "runs", "export": "export", "text": "text", "routing": "rout",
-    "attention": "attn", "token": "insp", "compare": "cmp",
-}  # fmt: skip
-"""Panes of the page by name, and their ids there."""
-EXPORTED = ("router_logits", "expert_gate", "resid_post", "attn_pattern", "logits")
-
-
-@dataclasses.dataclass
-class _Run:
-    """One run of the session. `trace` is None until it is done."""
-
-    id: int
-    name: str
-    prompt: str
-    options: dict[str, Any]
-    edits: list[dict[str, Any]]
-    trace: Trace | None = None
-    seconds: float = 0.0
-
-
-class Page(anywidget.AnyWidget):
-    """The kernel side of explore.js as far as runs that are done are concerned. `panes`: those that are shown."""
-
-    _esm = Path(__file__).with_name("explore.js")
-    _css = Path(__file__).with_name("explore.css")
-    draft = traitlets.Dict().tag(sync=True)  # what the fields hold, so that a page that is loaded again has it
-
-    def __init__(self, runs: list[_Run], panes: tuple[str, ...] = tuple(PANES), **draft):
-        super().__init__(draft=draft)
-        self._runs = runs
-        self._panes = panes
-        self.on_msg(self._receive)
-
-    @property
-    def runs(self) -> list[Trace]:
-        """The Traces that are shown, the newest last."""
-        return [run.trace for run in self._runs if run.trace is not None]
-
-    # Messages of the page
-
-    def _receive(self, _, content: dict, buffers: list) -> None:
-        message = dict(content)
-        kind = message.pop("kind")
-        try:
-            getattr(self, f"_on_{kind}")(**message)
-        except Exception as err:
-            self._failed(kind, err)
-
-    def _failed(self, pane: str, err: Exception) -> None:
-        self.send({"kind": "error", "pane": pane, "text": f"{type(err).__name__}: {err}"})
-
-    def _on_hello(self) -> None:
-        """A page has come: what it shows, from the beginning."""
-        self.send({"kind": "model", "panes": [PANES[pane] for pane in self._panes], **self._facts()})
-        for run in self._runs:
-            if run.trace is not None:
-                self._show(run, run.trace)
-
-    def _facts(self) -> dict[str, Any]:
-        meta = self.runs[0].meta
-        return _shape(GrokConfig(**meta["config"]), meta["checkpoint"]["name"], meta["numerics"])
-
-    def _on_attention(self, run: int, layer: int) -> None:
-        """Thumbnails of a layer's heads [H, n, n]: the largest of each block, square roots as bytes."""
-        trace = self._trace(run)
-        ((_, _, _, pattern),) = patterns(trace, layer)
-        size = min(len(trace), THUMBNAIL)
-        starts = -(-np.arange(size) * len(trace) // size)
-        blocks = np.maximum.reduceat(np.maximum.reduceat(pattern, starts, axis=1), starts, axis=2)
-        packed = np.rint(255 * np.sqrt(blocks)).astype(np.uint8)
-        message = {"kind": "attention", "run": run, "layer": layer, "size": size, "labels": _labels(pattern, trace)}
-        self.send(message, [zlib.compress(packed.tobytes(), 1)])
-
-    def _on_head(self, run: int, layer: int, head: int) -> None:
-        """One head, the rows of its triangle one after the other, in 65,535ths."""
-        trace = self._trace(run)
-        ((_, numbers, _, pattern),) = patterns(trace, layer)
-        own = pattern[list(numbers).index(head)]
-        packed = np.rint(65535 * own[np.tril_indices(len(trace))]).astype(np.uint16)
-        message = {"kind": "head", "run": run, "layer": layer, "head": head, "label": _labels(own[None], trace)[0]}
-        self.send(message, [zlib.compress(packed.tobytes(), 1)])
-
-    def _on_whole(self, run: int) -> None:
-        found = next(one for one in self._runs if one.id == run)
-        self._show(found, self._trace(run))
-
-    # What is sent of a run
-
-    def _summary(self, run: _Run, trace: Trace) -> dict[str, Any]:
-        """What the page lists of a run: tokens, log-probabilities in nats (0 for the first), seconds."""
-        return {
-            "run": run.id, "name": run.name, "prompt_length": trace.prompt_length, "total": len(trace),
-            "ids": trace.tokens.tolist(), "pieces": trace.pieces,
-            "logprobs": np.nan_to_num(trace.logprobs).round(4).tolist(), "finish": trace.meta["finish"],
-            "seconds": run.seconds, "max": run.options.get("max", 0),
-        }  # fmt: skip
-
-    def _show(self, run: _Run, trace: Trace, *, known: bool = False) -> None:
-        """A run that is done. `known`: the page has its routing from the stream; if not, it asks (`_on_whole`)."""
-        best, logprob, rank = (
-            trace.taps.get(f"resid_post.lens{end}", np.zeros(0)) for end in ("", "_logprob", "_rank")
-        )
-        logits = trace["router_logits"][:, : 0 if known else None]
-        self.send(
-            {"kind": "run", **self._summary(run, trace), "lens_layers": trace.layers.get("resid_post.lens", []),
-             "best": best.shape[-1],              "words": trace.meta.get("words", {})},
-            [np.ascontiguousarray(a).tobytes() for a in (logits, best, logprob, rank)],
-        )  # fmt: skip
-
-    def _trace(self, run: int) -> Trace:
-        for one in self._runs:
-            if one.id == run and one.trace is not None:
-                return one.trace
-        raise KeyError(f"run {run} was forgotten: the last {RUNS} are kept; generate it again")
+COMPARED = "2GB"  # the most that predictions of a run may take while two are compared
 
 
 class Explore(Page):
@@ -162,6 +46,8 @@ class Explore(Page):
         self._grok = grok
         self._number = 0
         self._stop = threading.Event()
+        self._drawing = threading.Lock()
+        self._model = threading.RLock()  # a Grok runs in one thread at a time
         self._worker: threading.Thread | None = None
         layers = grok.config.num_layers
         self._lens_layers = list(range(layers)) if layers <= 16 else [*range(7, layers, 8)]
@@ -172,8 +58,8 @@ class Explore(Page):
         return self.runs[-1]
 
     def _facts(self) -> dict[str, Any]:
-        running = bool(self._worker and self._worker.is_alive())
-        return _shape(self._grok.config, self._grok.name, self._grok.numerics) | {"running": running}
+        running = bool(self._worker and self._worker.is_alive() and self._worker.name == "generate")
+        return shape(self._grok.config, self._grok.name, self._grok.numerics) | {"running": running}
 
     def _on_count(self, text: str) -> None:
         """The tokens of the prompt box."""
@@ -185,16 +71,19 @@ class Explore(Page):
             )
 
     def _on_generate(self, prompt: str, options: dict, edits: list) -> None:
-        if self._worker and self._worker.is_alive():
-            raise RuntimeError("a run is under way; stop it first")
-        made = [edit for one in edits for edit in self._edit(one)]
-        self._number += 1
+        if self._worker:
+            self._worker.join(0.5)  # it may have told its last and not yet have ended
+            if self._worker.is_alive():
+                raise RuntimeError("a run is under way; stop it first")
         if not prompt:
             raise ValueError("the prompt is empty; type a text")
+        with self._model:
+            made = [edit for one in edits for edit in self._edit(one)]
+        self._number += 1
         name = ", ".join(_short(one) for one in edits) or f"baseline, seed {options['seed']}"
-        run = _Run(self._number, name, prompt, options, edits)
+        run = Run(self._number, name, prompt, options, edits)
         self._stop.clear()
-        self._worker = threading.Thread(target=self._generate, args=(run, made), daemon=True)
+        self._worker = threading.Thread(target=self._generate, name="generate", args=(run, made), daemon=True)
         self._worker.start()
 
     def _on_stop(self) -> None:
@@ -208,37 +97,63 @@ class Explore(Page):
     def _on_export(self, run: int, taps: list, directory: str) -> None:
         if self._worker and self._worker.is_alive():
             raise RuntimeError("a run is under way; wait, or stop it")
+        self._trace(run)  # KeyError
         found = next(one for one in self._runs if one.id == run)
         self._worker = threading.Thread(target=self._export, args=(found, taps, directory), daemon=True)
         self._worker.start()
 
+    def _on_compare(self, a: int, b: int) -> None:
+        """In a thread: predictions of both runs are computed once more, as they are too large to be kept."""
+
+        def told() -> None:
+            try:
+                with self._model:
+                    super(Explore, self)._on_compare(a, b)
+            except Exception as err:
+                self._failed("compare", err)
+
+        threading.Thread(target=told, daemon=True).start()
+
     # In the thread
 
-    def _generate(self, run: _Run, made: list[Edit]) -> None:
-        waiting: list[tuple[dict, np.ndarray]] = []
+    def _comparison(self, a: Trace, b: Trace) -> Comparison:
+        return compare(self._predicted(a), self._predicted(b))
+
+    def _predicted(self, trace: Trace) -> Trace:
+        """The Trace up to its logits, under its own edits."""
+        run = next(one for one in self._runs if one.trace is trace)
+        with self._grok.edits(*(edit for one in run.edits for edit in self._edit(one))):
+            found = self._grok.trace(trace.tokens, capture=["logits"], budget=COMPARED)
+        assert isinstance(found, Trace)
+        return found
+
+    def _generate(self, run: Run, made: list[Edit]) -> None:
+        waiting: list[tuple] = []
         begun = sent = time.perf_counter()
 
         def flush() -> None:
             if waiting:
-                self.send(
-                    {"kind": "tokens", "run": run.id, "tokens": [token for token, _ in waiting]},
-                    [np.ascontiguousarray(np.stack([logits for _, logits in waiting], 1)).tobytes()],
-                )
+                tokens, *arrays = zip(*waiting, strict=True)
+                experts, gates, logits = (np.stack(array, 1) for array in arrays)
+                message = {"kind": "tokens", "run": run.id, "tokens": tokens}
+                self.send(message, [experts_bytes(experts), raw(pairs(gates)), raw(logits)])
                 waiting.clear()
 
         def on_token(event: TokenEvent) -> None:
             nonlocal sent, begun
             if event.position == prompt_length:
-                logits = event.glimpse("router_logits", True)
+                experts, gates, logits = (event.glimpse(name, True) for name in ROUTING)
+                start = max(0, len(ids) - WINDOW)
                 begin = {
                     "run": run.id, "name": run.name, "prompt_length": len(ids), "total": len(ids) + o["max"],
                     "ids": ids.tolist(), "pieces": [self._piece(i) for i in ids], "logprobs": [0.0] * len(ids),
-                    "max": o["max"],
+                    "max": o["max"], "start": start,
                 }  # fmt: skip
-                self.send({"kind": "begin", **begin}, [np.ascontiguousarray(logits).tobytes()])
+                buffers = [experts_bytes(experts), raw(pairs(gates[:, start:])), raw(logits[:, start:])]
+                self.send({"kind": "begin", **begin}, buffers)
                 begun = sent = time.perf_counter()
             token = {"piece": self._piece(event.id), "id": event.id, "logprob": event.logprob}
-            waiting.append((token, event.glimpse("router_logits", False)))
+            waiting.append((token, *(event.glimpse(name, False) for name in ROUTING)))
             if time.perf_counter() - sent > BATCH_SECONDS:
                 flush()
                 sent = time.perf_counter()
@@ -250,28 +165,52 @@ class Explore(Page):
         try:
             ids = self._grok.encode(run.prompt)
             prompt_length = len(ids)
-            with self._grok.edits(*made):
+            with self._model, self._grok.edits(*made):
                 (trace,) = self._grok.stream(
                     [ids], o["max"], temperature=o["temperature"], top_p=o["top_p"], seed=o["seed"], on_token=on_token,
                     capture=["router_logits", capture("attn_pattern", later=True), lens],
                 )  # fmt: skip
             run.seconds = time.perf_counter() - begun
         except Exception as err:
-            self._failed("generate", err)
+            self._failed("generate", err, ended=True)
             return
         flush()
         run.trace = trace
         self._runs = [*self._runs, run][-RUNS:]
         self._show(run, trace, known=True)
+        threading.Thread(target=self._redraw, daemon=True).start()
 
-    def _export(self, run: _Run, taps: list[str], directory: str) -> None:
+    def _redraw(self) -> None:
+        """In a thread of its own, so that the next run need not wait."""
+        with self._drawing:
+            if self._still is not None:
+                self._still.update(HTML(self._picture()))
+
+    def _export(self, run: Run, taps: list[str], directory: str) -> None:
+        trace, done = self._trace(run.id), threading.Event()
         try:
-            made = [edit for one in run.edits for edit in self._edit(one)]
-            with self._grok.edits(*made):
-                dump = self._grok.dump([self._trace(run.id).tokens], directory, capture=list(taps) or ())
+            plan = self._grok.plan([trace.tokens], capture=list(taps) or ())
+            watch = threading.Thread(target=self._watch, args=(Path(directory), plan.total["disk"], done), daemon=True)
+            watch.start()
+            with self._model, self._grok.edits(*(edit for one in run.edits for edit in self._edit(one))):
+                dump = self._grok.dump([trace.tokens], directory, capture=list(taps) or ())
+            done.set()
+            watch.join()
             self.send({"kind": "exported", "path": str(Path(directory)), "bytes": dump.nbytes, "taps": list(dump.taps)})
         except Exception as err:
             self._failed("export", err)
+        finally:
+            done.set()
+
+    def _watch(self, directory: Path, total: int, done: threading.Event) -> None:
+        """Tells what of a dump is on disk, until it is done."""
+        before = -1
+        while not done.wait(WATCH_SECONDS):
+            with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+                written = sum(file.stat().st_size for file in directory.glob("*"))
+                if written != before:
+                    self.send({"kind": "writing", "bytes": written, "total": total})
+                before = written
 
     def _piece(self, token: int) -> str:
         return f"<{token}>" if self._grok.tokenizer is None else self._grok.tokenizer.pieces[token]
@@ -293,18 +232,6 @@ class Explore(Page):
         raise ValueError(f"edit {kind!r}: expected ban, force, scale or steer")
 
 
-def _shape(config: GrokConfig, name: str, numerics: str) -> dict[str, Any]:
-    """What the page says of a model."""
-    c = config
-    size = f"{look.si(c.num_parameters)} parameters, {look.si(c.num_active_parameters)} active"
-    return {
-        "name": name, "numerics": numerics, "layers": c.num_layers, "experts": c.num_experts, "heads": c.num_q_heads,
-        "kv_heads": c.num_kv_heads, "running": False, "examples": EXAMPLES,
-        "facts": [size, f"{c.num_layers} layers, {c.num_experts} experts, {c.num_q_heads} heads"],
-        "taps": {tap: " ".join(TAPS[tap].dims) for tap in EXPORTED},
-    }  # fmt: skip
-
-
 def _short(one: dict[str, Any]) -> str:
     layer, number, factor = one["layer"], one["number"], one.get("factor")
     if one["kind"] == "scale":
@@ -314,38 +241,6 @@ def _short(one: dict[str, Any]) -> str:
     return f"{one['kind']} {number} @ {layer}"
 
 
-def _labels(pattern: np.ndarray, trace: Trace) -> list[tuple[str, float] | None]:
-    """The clearest score of each head, (name, score), or None where no score is above 0.3."""
-    found = []
-    for name, target in targets(trace.tokens).items():
-        rows = target.any(1)
-        score = (pattern * target).sum(-1)[:, rows].mean(1) if rows.any() else np.zeros(len(pattern))
-        found.append((name, score))
-    best = [
-        max(((name, float(score[h])) for name, score in found), key=lambda one: one[1]) for h in range(len(pattern))
-    ]
-    return [one if one[1] > 0.3 else None for one in best]
-
-
 def explore(grok: Grok, prompt: str = EXAMPLES["Story"]) -> Explore:
     """The explorer of a model: an app in the notebook. `app.trace` is the last run, `app.runs` all that are kept."""
     return Explore(grok, prompt)
-
-
-def view(*traces: Trace, panes: Sequence[str] = ("text", "routing", "attention", "token")) -> Page:
-    """One Trace, or several to compare, in the explorer's views, without a model: also what `gs.open` gives.
-
-    `panes`: of "text" (token strip), "routing" (map and load), "attention" (needs "attn_pattern" or q and k; left out
-    without), "token" (route, predictions and lens, where it was captured), "runs" and "compare" (two Traces).
-    """
-    if not traces or not all(isinstance(t, Trace) for t in traces):
-        raise TypeError("view takes Traces")
-    if unknown := set(panes) - {"text", "routing", "attention", "token", "runs", "compare"}:
-        raise ValueError(f"no pane {min(unknown)!r}; panes are text, routing, attention, token, runs, compare")
-    for i, trace in enumerate(traces):
-        if "router" not in trace.tables or "T" in trace.numbers["expert_index"]:
-            raise ValueError(f"Trace {i} lacks routing at all positions; capture router_logits")
-    if not all("attn_pattern" in t.taps or {"q", "k"} <= set(t.taps) for t in traces):
-        panes = [pane for pane in panes if pane != "attention"]
-    runs = [_Run(i + 1, t.text[:30], "", {}, [], t) for i, t in enumerate(traces)]
-    return Page(runs, tuple(panes), prompt="", max=0, top_p=1, temperature=0, seed=0, edits=[])

@@ -1,0 +1,228 @@
+// What one does: the first line, prompt, edits, runs, export.
+
+const ICON = {
+  ready: ['<circle cx="5" cy="5" r="4" fill="none" stroke="currentColor" stroke-width="2"/>', "Ready"],
+  empty: ['<circle cx="5" cy="5" r="4" fill="none" stroke="currentColor" stroke-width="2"/>', "Ready"],
+  waiting: ['<circle cx="5" cy="5" r="4" fill="none" stroke="currentColor" stroke-width="2"/>', "Compiling"],
+  running: ['<path d="M1 0L10 5L1 10Z"/>', "Generating"],
+  stopped: ['<path d="M1 1H9V9H1Z"/>', "Stopped"],
+  error: ['<path d="M5 0L10 10H0Z"/>', "Failed"],
+};
+const busy = () => S.state === "running" || S.state === "waiting";
+const speed = () => (V.n > V.np && V.seconds > 0 ? (V.n - V.np) / V.seconds : 0);
+const three = (x) => (x >= 100 ? x.toFixed(0) : x.toFixed(1));
+
+function ident() {
+  const [icon, word] = ICON[S.state];
+  const facts = M0.facts.map((x) => `<span class="fact dim opt">${x}</span>`).join("");
+  const v = speed();
+  $("#ident").innerHTML =
+    `<b>grokscope</b><span class="fact"><b>${esc(M0.name)}</b></span>${facts}<span class="fact"><span class="dim">numerics</span>${M0.numerics}</span><span class="sp"></span><span class="fact">${v ? three(v) + " tokens/s" : ""}</span><span class="state" role="status" id="state"${S.state === "error" ? ' style="color:var(--bad)"' : ""}><svg viewBox="0 0 10 10">${icon}</svg>${word}</span>`;
+}
+function selbar() {
+  $("#o-t").textContent = V.n ? S.t : "–";
+  $("#o-p").textContent = V.n ? show(TOK[S.t]) : "";
+  $("#o-l").textContent = S.l;
+  $("#o-h").textContent = S.l + "." + S.h;
+  $("#r-l").max = L - 1;
+  $("#r-l").value = S.l;
+  const k = $("#xkey");
+  k.classList.toggle("iso", S.iso >= 0);
+  k.innerHTML = [...Array(E)]
+    .map(
+      (_, e) =>
+        `<button aria-pressed="${S.iso === e}" data-e="${e}" title="Show only expert ${e}"><i class="sw" style="background:var(--x${e % 8})"></i>${e}</button>`,
+    )
+    .join("");
+}
+// Where it is said that something asked of the kernel failed.
+const PANE_OF = {
+  export: "export",
+  price: "export",
+  writing: "export",
+  exported: "export",
+  attention: "attn",
+  head: "attn",
+  experts: "exps",
+  lens: "lens",
+  cells: "rout",
+  compare: "cmp",
+};
+function errors() {
+  const shown = [...root.querySelectorAll(".pane")].filter((pane) => !pane.hidden);
+  for (const pane of shown) pane.querySelector(".err").innerHTML = message(S.error[pane.id]);
+  const lost = Object.keys(S.error).filter((id) => S.error[id] && $("#" + id).hidden);
+  if (lost.length && shown.length) shown[0].querySelector(".err").innerHTML = message(S.error[lost[0]]);
+}
+for (const pane of root.querySelectorAll(".pane")) pane.insertAdjacentHTML("beforeend", '<div class="err"></div>');
+const message = (text) => (text ? `<div class="msg" role="alert">${esc(text)}</div>` : "");
+function promptPane() {
+  $("#b-gen").disabled = busy();
+  $("#b-stop").disabled = !busy();
+  const made = Math.max(0, V.n - V.np),
+    all = V.max || 1;
+  $("#pg").style.width = (100 * made) / all + "%";
+  $("#pg").parentElement.classList.toggle("done", !busy());
+  const end = V.finish === "eos" ? "Ended by EOS at" : "Done:";
+  $("#pgt").textContent = {
+    ready: V.n ? `${end} ${made} of ${all} tokens in ${f(V.seconds)} s` : "No run yet",
+    empty: "No run yet",
+    waiting: `Compiling, ${S.message || "0"} s`,
+    running: `${made} of ${all} tokens, ${three(speed())} tokens/s`,
+    stopped: `Stopped at ${made} of ${all} tokens`,
+    error: "Nothing was generated",
+  }[S.state];
+}
+function edits() {
+  const name = (e) =>
+    e.kind === "scale"
+      ? `Scale head ${e.layer}.${e.number} × ${e.factor}`
+      : e.kind === "steer"
+        ? `Steer ${e.a} − ${e.b} × ${e.factor} @ layer ${e.layer}`
+        : `${e.kind === "ban" ? "Ban" : "Force"} expert <i class="sw" style="background:var(--x${e.number % 8})"></i>${e.number} @ layer ${e.layer}`;
+  $("#elist").innerHTML =
+    S.edits
+      .map(
+        (e, i) =>
+          `<div class="edit${e.on ? "" : " mute"}"><input type="checkbox" id="ed${i}" data-i="${i}"${e.on ? " checked" : ""}><label for="ed${i}">${name(e)}</label><button class="xbtn" data-i="${i}" aria-label="Remove this edit">×</button></div>`,
+      )
+      .join("") || '<div class="dim" style="padding:4px 0">No edits. Add one below, or from a token.</div>';
+  const n = S.edits.filter((e) => e.on).length;
+  $("#ecount").textContent = S.edits.length ? `${n} of ${S.edits.length} on` : "";
+  $("#b-run").disabled = !n || busy();
+}
+function runList() {
+  const rows = [...runs.values()].filter((r) => r.done).reverse();
+  $("#trun").innerHTML =
+    rows
+      .map(
+        (r) =>
+          `<tr class="pick" data-run="${r.id}"><td class="dim num" style="width:18px">${r.id}</td><td class="nm" title="${esc(r.name)}"${r === V ? ' style="font-weight:600"' : ""}>${esc(r.name)}</td><td class="num dim">${r.n - r.np}</td><td class="ab" style="padding-left:8px!important;white-space:nowrap"><button data-r="A" data-id="${r.id}" aria-pressed="${S.A === r.id}" aria-label="Run ${r.id} as A">A</button><button data-r="B" data-id="${r.id}" aria-pressed="${S.B === r.id}" aria-label="Run ${r.id} as B">B</button></td></tr>`,
+      )
+      .join("") || '<tr><td class="dim">No runs yet</td></tr>';
+}
+function taps() {
+  if (V.done && !V.bytes && M0.panes.includes("export")) {
+    V.bytes = {};
+    model.send({ kind: "price", run: V.id });
+  }
+  let total = 0;
+  $("#taps").innerHTML =
+    Object.entries(M0.taps)
+      .map(([n, d]) => {
+        const b = V.bytes && V.bytes[n];
+        if (S.taps[n] && b) total += b;
+        return `<tr title="${d}"><td><input type="checkbox" id="tp-${n}" data-n="${n}"${S.taps[n] ? " checked" : ""}></td><td class="code"><label for="tp-${n}">${n}</label></td><td class="num${S.taps[n] ? "" : " dim"}">${b === undefined ? "–" : bytes(b)}</td></tr>`;
+      })
+      .join("") +
+    `<tr class="tot"><td colspan="2">Total on disk</td><td class="num"><b style="font-weight:600">${bytes(total)}</b></td></tr>`;
+  $("#b-exp").disabled = !V.done || busy() || S.writing;
+  $("#xgt").textContent = S.writing
+    ? S.writing.total
+      ? `Writing: ${bytes(S.writing.bytes)} of about ${bytes(S.writing.total)}`
+      : "Computing"
+    : S.written
+      ? `Written: ${bytes(S.written.bytes)}`
+      : V.done
+        ? ""
+        : "Run once to export";
+  const { bytes: written, total: planned } = S.writing || {};
+  $("#xg").style.width = S.written ? "100%" : planned ? `${Math.min(99, (100 * written) / planned)}%` : "0";
+  $("#xg").parentElement.classList.toggle("done", !S.writing);
+  $("#xout").hidden = !S.written;
+  if (S.written)
+    $("#xout").textContent =
+      `dump = gs.open("${S.written.path}")\ndump[0]["${S.written.taps[0] || "router_logits"}"]\ndump.to_pandas("${S.written.taps.includes("router_logits") ? "router" : "tokens"}")`;
+}
+const draft = () => ({
+  prompt: $("#pbox").value,
+  max: +$("#f1").value,
+  top_p: +$("#f2").value,
+  temperature: +$("#f3").value,
+  seed: +$("#f4").value,
+  edits: S.edits,
+});
+function save() {
+  model.set("draft", draft());
+  model.save_changes();
+}
+function changed() {
+  edits();
+  save();
+}
+let typing;
+function typed() {
+  clearTimeout(typing);
+  typing = setTimeout(() => {
+    model.send({ kind: "count", text: $("#pbox").value });
+    save();
+  }, 150);
+}
+$("#pbox").addEventListener("input", typed);
+for (const id of ["#f1", "#f2", "#f3", "#f4"]) $(id).addEventListener("change", save);
+$("#elist").addEventListener("change", (ev) => {
+  S.edits[+ev.target.dataset.i].on = ev.target.checked;
+  changed();
+});
+$("#e-clear").onclick = () => {
+  S.edits = [];
+  changed();
+};
+$("#a-k").onchange = choices;
+function choices() {
+  const kind = $("#a-k").value,
+    heads = kind === "scale",
+    steer = kind === "steer";
+  $("#a-x").innerHTML = [...Array(heads ? H : E)].map((_, i) => `<option>${i}</option>`).join("");
+  $("#a-x").style.display = steer ? "none" : "";
+  $("#a-f").style.display = heads || steer ? "" : "none";
+  $("#a-f").value = steer ? 1 : 0;
+}
+$("#a-add").onclick = () => {
+  const kind = $("#a-k").value,
+    e = { kind, number: +$("#a-x").value, layer: +$("#a-l").value, factor: +$("#a-f").value, on: true };
+  S.error.edits = kind === "steer" && !pairOf() ? "Steering needs two runs: mark one A and another B." : "";
+  if (kind === "steer") Object.assign(e, { a: S.A, b: S.B });
+  if (!S.error.edits) S.edits.push(e);
+  errors();
+  changed();
+};
+$("#taps").addEventListener("change", (ev) => {
+  S.taps[ev.target.dataset.n] = ev.target.checked;
+  taps();
+});
+let clock;
+function generate(edited) {
+  if (busy()) return;
+  const { prompt, edits: _, ...options } = draft();
+  S.error = {};
+  S.written = null;
+  S.edited = edited;
+  S.state = "waiting";
+  S.message = "0";
+  const begun = Date.now();
+  clearInterval(clock);
+  clock = setInterval(() => {
+    if (S.state !== "waiting") return clearInterval(clock);
+    S.message = ((Date.now() - begun) / 1000).toFixed(0);
+    promptPane();
+  }, 500);
+  model.send({ kind: "generate", prompt, options, edits: edited ? S.edits.filter((e) => e.on) : [] });
+  all();
+}
+$("#b-gen").onclick = () => generate(false);
+$("#b-run").onclick = () => generate(true);
+$("#b-stop").onclick = () => model.send({ kind: "stop" });
+$("#b-exp").onclick = () => {
+  S.writing = { bytes: 0, total: 0 };
+  S.written = null;
+  delete S.error.export;
+  errors();
+  model.send({
+    kind: "export",
+    run: V.id,
+    taps: Object.keys(S.taps).filter((n) => S.taps[n]),
+    directory: $("#dest").value,
+  });
+  taps();
+};

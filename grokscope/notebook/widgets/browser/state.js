@@ -1,0 +1,193 @@
+// What the page knows: the model, runs and the selection.
+
+el.innerHTML = `<div class="gs" tabindex="-1" data-lm-suppress-shortcuts="true"><div class="body">${HTML}</div><div class="tip" id="tip" role="status"></div></div>`;
+const root = el.querySelector(".gs");
+const $ = (s) => root.querySelector(s);
+const css = (n) => getComputedStyle(root).getPropertyValue(n).trim();
+let M0 = null; // the model, as the kernel describes it
+let L = 0,
+  E = 8,
+  H = 0,
+  BIG = false;
+const runs = new Map(); // id -> run, in the order they were made
+const EMPTY = {
+  tok: [],
+  ids: [],
+  lp: [],
+  C: [],
+  F: [],
+  lens: [],
+  n: 0,
+  T: 1,
+  np: 0,
+  w0: 0,
+  att: new Map(),
+  done: false,
+};
+let V = EMPTY; // the run that is shown
+let TOK = [],
+  T = 1,
+  NP = 0,
+  LP = [],
+  C = [];
+let WINDOW = 256, // positions that are shown at once
+  WN = 1, // those of this run: all of a short text
+  W0 = 0, // the first of them
+  W1 = 0; // after the last that is there
+let want = null; // a run or a window that is shown as soon as its cells are here
+const S = {
+  t: 0,
+  l: 0,
+  h: 0,
+  iso: -1,
+  n: 0,
+  state: "empty",
+  measure: "expert",
+  phase: "all",
+  second: false,
+  digits: false,
+  diff: "tv",
+  hover: null,
+  A: null,
+  B: null,
+  edits: [],
+  taps: {},
+  follow: false,
+  error: {},
+  message: "",
+};
+
+// Runs
+
+function use(run) {
+  V = run;
+  TOK = V.tok;
+  T = Math.max(1, V.T);
+  NP = V.np;
+  LP = V.lp;
+  C = V.C;
+  S.n = V.n;
+  WN = Math.min(T, WINDOW);
+  W0 = V.w0 = Math.max(0, Math.min(T - WN, V.w0));
+  W1 = Math.min(S.n, W0 + WN);
+}
+// One position at one layer: experts a and b that ran (b is -1 where one did), their gates, and what the router said.
+function cellOf(z, o, [a, b], [ga, gb]) {
+  const p = new Float32Array(E),
+    own = z.slice(o, o + E);
+  let m = -Infinity,
+    s = 0,
+    h = 0;
+  for (let e = 0; e < E; e++) m = Math.max(m, own[e]);
+  for (let e = 0; e < E; e++) s += p[e] = Math.exp(own[e] - m);
+  for (let e = 0; e < E; e++) p[e] /= s;
+  for (const v of p) if (v > 0) h -= v * Math.log2(v);
+  return { a, b, ga, gb: Math.max(0, gb), h, p, z: own };
+}
+// Which experts ran: of all positions, and it is little.
+function ran(run, experts, count) {
+  for (let l = 0; l < L; l++) {
+    run.F[l] = run.F[l] || [];
+    for (let i = 0; i < count; i++) run.F[l].push([experts[2 * (l * count + i)], experts[2 * (l * count + i) + 1]]);
+  }
+  run.n += count;
+}
+// Gates and logits: of the positions that were asked for.
+function fill(run, start, gates, z) {
+  const count = z.length / (L * E);
+  for (let l = 0; l < L; l++) {
+    run.C[l] = run.C[l] || [];
+    for (let i = 0; i < count; i++) {
+      const o = l * count + i;
+      run.C[l][start + i] = cellOf(z, o * E, run.F[l][start + i], [gates[2 * o], gates[2 * o + 1]]);
+    }
+  }
+}
+function fresh(m) {
+  return {
+    id: m.run,
+    name: m.name,
+    tok: m.pieces,
+    ids: m.ids,
+    lp: m.logprobs,
+    np: m.prompt_length,
+    T: m.total,
+    n: 0,
+    w0: 0,
+    C: [],
+    F: [],
+    lens: [],
+    att: new Map(),
+    asked: new Set(),
+    done: false,
+    max: m.max,
+    seconds: 0,
+  };
+}
+// The first position of a window that a list lacks, or -1.
+function gap(list, w0, end) {
+  for (let t = w0; t < end; t++) if (!list[t]) return t;
+  return -1;
+}
+function ask(run, kind, start) {
+  if (run.asked.has(kind + start)) return;
+  run.asked.add(kind + start);
+  model.send({ kind, run: run.id, start });
+}
+// Whether the cells of a window are here; asks if not.
+function here(run, w0) {
+  const start = gap(run.C[0] || [], w0, Math.min(run.n, w0 + WINDOW));
+  if (start >= 0 && run.done) ask(run, "cells", start);
+  return start < 0;
+}
+// Shows a run from a position on, with a selection in it.
+function go(run, w0, o = {}) {
+  want = { run, w0: Math.max(0, Math.min(run.T - Math.min(run.T, WINDOW), Math.round(w0))), o };
+  settle();
+}
+function settle() {
+  if (!want || !here(want.run, want.w0)) return;
+  const { run, w0, o } = want;
+  want = null;
+  run.w0 = w0;
+  use(run);
+  Object.assign(S, o);
+  all();
+}
+const asks = () => V.done && M0.panes.includes("attn");
+// Thumbnails of a layer's heads, at most 64 x 64 each; null until they are here.
+function sheet(l) {
+  const found = V.att.get(l);
+  if (found && found !== "asked") return found;
+  if (asks() && !found) {
+    V.att.set(l, "asked");
+    model.send({ kind: "attention", run: V.id, layer: l });
+  }
+  return null;
+}
+// One head in the window [n x n], what each position reads and who reads it; blank until it is here.
+function attn(l, h) {
+  const key = `${l}.${h}.${W0}`,
+    found = V.att.get(key);
+  if (found && found !== "asked") return found;
+  if (asks() && !found) {
+    V.att.set(key, "asked");
+    model.send({ kind: "head", run: V.id, layer: l, head: h, start: W0 });
+  }
+  if (!V.blank || V.blank.n !== WN) V.blank = { M: new Float32Array(WN * WN), n: WN, label: null };
+  return V.blank;
+}
+// Predictions at a position, [{ top: [[word, probability, id]], rank }] for each layer of the lens; null until here.
+function lensAt(t) {
+  if (!V.lens[t] && V.done && V.lensLayers.length) {
+    const start = gap(V.lens, W0, W1);
+    ask(V, "lens", start < 0 ? t : start);
+  }
+  return V.lens[t] || null;
+}
+function nextOf(t) {
+  const found = lensAt(t);
+  if (!found) return { top: [], rank: "–" };
+  const { top, rank } = found[found.length - 1];
+  return { top: top.map(([w, p, id]) => [w, p, id === V.ids[t + 1]]), rank: rank < 0 ? "–" : rank + 1 };
+}
