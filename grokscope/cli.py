@@ -51,6 +51,9 @@ def _bar(unit: str, smallest: int):
     return lambda items: tqdm(items, unit=unit, disable=len(items) < smallest, leave=False)
 
 
+Mesh = Annotated[str | None, typer.Option(help="Devices, data x model, as in 1x8; one if not given.")]
+Form = Annotated[str | None, typer.Option(help="expanded, int8 or streamed (from disk); by device if not given.")]
+Memory = Annotated[str | None, typer.Option(help="Bytes that streamed weights may take, as in 20GB.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Folder of a checkpoint; the bundled grok-1-mini if not given.")]
 
 
@@ -68,12 +71,17 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the text; may be given again.")] = None,
     numerics: Annotated[str | None, typer.Option(help="float32 or bfloat16; by device if not given.")] = None,
+    mesh: Mesh = None,
+    weights: Form = None,
+    memory: Memory = None,
     save: Annotated[Path | None, typer.Option(help="Write text, routing and log-probabilities as a dump.")] = None,
 ) -> None:
     """Continue a text, and print it as it appears."""
     if save is not None:
         refuse_existing(save)
-    grok = gs.load(checkpoint, numerics=numerics, progress=_bar(" tensors", 500))
+    grok = gs.load(
+        checkpoint, numerics=numerics, weights=weights, mesh=mesh, memory=memory, progress=_bar(" tensors", 500)
+    )
     print(grok, file=sys.stderr)
     prompt = sys.stdin.read() if prompt == "-" else prompt
     shown = False
@@ -208,14 +216,22 @@ def dump(
     resume: Annotated[bool, typer.Option(help="Go on with a dump that was cut short; or begin.")] = False,
     checkpoint: Checkpoint = None,
     numerics: Annotated[str | None, typer.Option(help="float32 or bfloat16; by device if not given.")] = None,
+    mesh: Mesh = None,
+    weights: Form = None,
+    memory: Memory = None,
 ) -> None:
-    """Write activations of many prompts to a folder that `grokscope.open` reads."""
+    """Write activations of many prompts to a folder that `grokscope.open` reads. Under srun all tasks join in."""
     from tqdm import tqdm
 
+    from grokscope.run.processes import is_first, join_slurm
+
     todo = _prompts(prompts)
-    grok = gs.load(checkpoint, numerics=numerics, progress=_bar(" tensors", 500))
+    join_slurm()
+    grok = gs.load(
+        checkpoint, numerics=numerics, weights=weights, mesh=mesh, memory=memory, progress=_bar(" tensors", 500)
+    )
     try:
-        with tqdm(total=len(todo), unit=" prompts") as bar:
+        with tqdm(total=len(todo), unit=" prompts", disable=not is_first()) as bar:
             made = grok.dump(
                 todo, out, max_new_tokens, resume=resume, temperature=temperature, seed=seed, batch_size=batch_size,
                 capture=_captures(capture), budget=budget, progress=lambda done: bar.update(done - bar.n),
@@ -223,7 +239,8 @@ def dump(
     except KeyboardInterrupt:
         print(f"grokscope: interrupted; the same command with --resume goes on in {out}", file=sys.stderr)
         raise typer.Exit(130) from None
-    print(made)
+    if is_first():
+        print(made)
 
 
 @app.command(epilog="Example:  grokscope inspect out/")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grokscope.config import GrokConfig
 
@@ -52,7 +52,7 @@ def meshes(config: GrokConfig, num_devices: int) -> list[str]:
     return [f"{d}x{m}" for m in models for d in range(1, num_devices // m + 1)]
 
 
-def name(mesh: Mesh | None) -> str:
+def name(mesh: Mesh | AbstractMesh | None) -> str:
     return "1x1" if mesh is None else "x".join(str(n) for n in mesh.shape.values())
 
 
@@ -94,7 +94,7 @@ def per_shard(fn: Callable, in_specs, out_specs) -> Callable:
     return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def parts(dims: Sequence[str], sizes: Sequence[int], mesh: Mesh | None) -> int:
+def parts(dims: Sequence[str], sizes: Sequence[int], mesh: Mesh | AbstractMesh | None) -> int:
     """Into how many parts the table cuts an array."""
     if mesh is None:
         return 1

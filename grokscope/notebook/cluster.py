@@ -18,7 +18,6 @@ import ipyparallel
 import jax
 import numpy as np
 import psutil
-from ipyparallel.error import EngineError
 from jax.sharding import AbstractMesh
 
 from grokscope import look
@@ -91,6 +90,7 @@ class Cluster(Grok):
         except BaseException:
             self._stop()
             raise
+        self._device = self._loaded.device
         data, model = map(int, self._loaded.mesh.split("x"))
         self._describe(
             checkpoint,
@@ -163,7 +163,7 @@ class Cluster(Grok):
         for rank, call in enumerate(calls):
             if call.ready() and not call.successful():
                 error = call.exception()
-                what = "was lost" if isinstance(error, EngineError) else f"failed ({error})"
+                what = "was lost" if getattr(error, "ename", "") == "EngineError" else f"failed ({error})"
                 raise self._is_lost(f"engine {self._engines[rank]} {what} while {doing}") from error
         ok, result = pickle.loads(calls[0].get())
         if not ok:
@@ -246,8 +246,10 @@ class RemoteRun(Run):
 
     def _told(self, turn: Turn) -> bool:
         """Tells of the tokens; whether that was to stop."""
-        on_token = self.call.ending and self.call.ending.on_token
-        for row, position, token, text, logprob in turn.tokens if on_token else ():
+        on_token = None if self.call.ending is None else self.call.ending.on_token
+        if on_token is None:
+            return False
+        for row, position, token, text, logprob in turn.tokens:
             glimpse = functools.partial(self._glimpse, row)
             try:
                 on_token(TokenEvent(row, position, token, text, logprob, glimpse))

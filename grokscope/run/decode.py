@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from grokscope.checkpoint.weights import Streamed, Weights
 from grokscope.config import GrokConfig
@@ -499,7 +499,7 @@ class Run:
         self.ready.append(job)
 
 
-def shapes(lengths: list[tuple[int, int]], batch_size: int, mesh: Mesh | None) -> tuple[int, int]:
+def shapes(lengths: list[tuple[int, int]], batch_size: int, mesh: Mesh | AbstractMesh | None) -> tuple[int, int]:
     """(slots, cache length) of the decode step for prompts of these lengths and limits; zeros if nothing is decoded.
 
     On a mesh the data axis divides the slots.

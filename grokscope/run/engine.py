@@ -29,6 +29,7 @@ from grokscope.run.captures import Wish
 from grokscope.run.decode import BATCH_SIZE, Job, Run
 from grokscope.run.dump import Dump, Writer
 from grokscope.run.plan import Plan, as_bytes, priced, refuse_over
+from grokscope.run.processes import from_first, is_first, wait_for_all
 from grokscope.run.sampling import Sampling
 from grokscope.run.staging import Hooks, misses
 from grokscope.run.staging import Sequence as Length
@@ -124,7 +125,8 @@ def load(
         bfloat16 on GPU.
       weights: "expanded" to the type of the numerics, or "int8" with scales; None expands where memory allows, on CPU.
         "streamed" leaves them on disk, from where layers are read while the model runs.
-      mesh: "DxM", data by model: weights, activations and cache over D * M devices; None is one device.
+      mesh: "DxM", data by model: weights, activations and cache over D * M devices; None is one device, or "1x" all where
+        several processes were joined (grokscope.run.processes).
       memory: bytes, or "20GB", that streamed weights may take on the devices; None is half of the machine's memory, or
         0.8 of an accelerator's.
       tokenizer: a SentencePiece model; None is `tokenizer.model` of the checkpoint, if there is one.
@@ -144,6 +146,7 @@ def load(
     if memory is not None and weights != "streamed":
         raise ValueError(f'memory={memory!r} is for weights="streamed"; resident weights take what they take')
     tokens = open_tokenizer(checkpoint, tokenizer)
+    mesh = mesh or (f"1x{len(jax.devices())}" if jax.process_count() > 1 else None)
     dtype, devices = jax.numpy.dtype(numerics), mesh and make_mesh(mesh, checkpoint.config)
     if weights == "streamed":
         form = "expanded" if jax.default_backend() == "cpu" else "int8"
@@ -173,6 +176,7 @@ class Grok:
     def __init__(self, checkpoint: Checkpoint, weights: Weights | Streamed, tokenizer: Tokenizer | None, numerics: str):
         self._describe(checkpoint, tokenizer, numerics, weights.form, weights.mesh)
         self._weights: Weights | Streamed | None = weights
+        self._device = jax.devices()[0].device_kind
 
     def _describe(
         self,
@@ -342,14 +346,17 @@ class Grok:
         ending = self._ending(stop_at_eos, None, None) if limit else None
         call = self._prepared(ids, limit, capture, sampling, batch_size, ending, budget)
         about = self._about(call, ids, limit, capture, bool(stop_at_eos))
-        with Writer(directory, about, len(ids), resume=resume) as writer:
-            done = writer.done
+        writing = Writer(directory, about, len(ids), resume=resume) if is_first() else contextlib.nullcontext()
+        with writing as writer:
+            done = from_first(writer.done if writer else set(), len(ids))
             todo = [job for job in call.jobs if job.row not in done]
             for count, trace in enumerate(self._traces(call, ordered=False, todo=todo), len(done) + 1):
                 if trace.meta["finish"] == "interrupt":
                     continue
-                writer.add(trace.meta["prompt"], trace)
+                if writer:
+                    writer.add(trace.meta["prompt"], trace)
                 progress(count)
+        wait_for_all()
         found = Dump(directory)
         if found.missing:
             raise KeyboardInterrupt
@@ -623,7 +630,7 @@ class Grok:
             "edits": call.edits,
             "finish": job.finish,
             "prompt": job.row,
-            "device": jax.devices()[0].device_kind,
+            "device": self._device,
             "versions": versions(),
         }
         dims, numbers = _axes(run.hooks, job)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from grokscope import look
 from grokscope.model.sharding import parts
@@ -55,7 +55,7 @@ class Plan:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def priced(hooks: Hooks, batch_size: int, dtype, mesh: Mesh | None = None) -> Plan:
+def priced(hooks: Hooks, batch_size: int, dtype, mesh: Mesh | AbstractMesh | None = None) -> Plan:
     """The price of the captures of a call."""
     slots, length = shapes([tuple(s) for s in hooks.sequences], batch_size, mesh)
     longest = max(range(len(hooks.sequences)), key=lambda p: hooks.sequences[p].prompt_length)
@@ -69,7 +69,7 @@ def priced(hooks: Hooks, batch_size: int, dtype, mesh: Mesh | None = None) -> Pl
     return Plan(rows, len(hooks.sequences), sum(s.longest for s in hooks.sequences))
 
 
-def _decode(hooks: Hooks, kept: Kept, slots: int, length: int, dtype, mesh: Mesh | None) -> int:
+def _decode(hooks: Hooks, kept: Kept, slots: int, length: int, dtype, mesh: Mesh | AbstractMesh | None) -> int:
     if not slots or not hooks.reaches(kept)[1]:
         return 0
     if kept.pooled:
@@ -80,7 +80,7 @@ def _decode(hooks: Hooks, kept: Kept, slots: int, length: int, dtype, mesh: Mesh
     )
 
 
-def _prompt(hooks: Hooks, kept: Kept, prompt: int, dtype, mesh: Mesh | None) -> int:
+def _prompt(hooks: Hooks, kept: Kept, prompt: int, dtype, mesh: Mesh | AbstractMesh | None) -> int:
     n, positions = hooks.sequences[prompt].prompt_length, hooks.prompt_positions(kept, prompt)
     if not len(positions):
         return 0
@@ -101,7 +101,7 @@ def _host(hooks: Hooks, kept: Kept, prompt: int, dtype) -> int:
     return _size(kept, hooks.dims(kept) | {"T": positions, "S": sequence.longest}, dtype)
 
 
-def _size(kept: Kept, sizes: dict[str, int], dtype, mesh: Mesh | None = None) -> int:
+def _size(kept: Kept, sizes: dict[str, int], dtype, mesh: Mesh | AbstractMesh | None = None) -> int:
     shapes = [(dims, tuple(sizes[d] for d in dims), own or dtype) for dims, own in kept.outputs().values()]
     return sum(math.prod(shape) // parts(dims, shape, mesh) * np.dtype(own).itemsize for dims, shape, own in shapes)
 

@@ -109,14 +109,8 @@ def address(host: str | None) -> str:
         return f"{host or socket.gethostname()}:{probe.getsockname()[1]}"
 
 
-def in_order_on_cpu() -> None:
-    """Before the first device is touched: two steps that run at once on CPU may meet in each other's collectives."""
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-
-
 def join(coordinator: str, num_processes: int, process: int, arguments: dict) -> bytes | None:
     """Joins the processes and loads the model; answers what was Loaded."""
-    in_order_on_cpu()
     jax.distributed.initialize(coordinator, num_processes, process, initialization_timeout=120)
     return _answer(functools.partial(_load, arguments))
 

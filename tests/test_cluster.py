@@ -1,0 +1,137 @@
+"""A cluster of processes on this host, through ipyparallel and as srun starts them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import grokscope as gs
+
+pytest.importorskip("ipyparallel", reason="the extra `cluster` is not installed")
+
+PROMPTS = ["The old keeper of the lighthouse wrote", "In the beginning", "7 + 5 ="]
+ON_CPU = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning"),  # of ipyparallel and tornado
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with gs.cluster(n=2, mesh="2x2", environment=ON_CPU) as cluster:
+        yield cluster
+
+
+def agree(one: gs.Trace, other: gs.Trace) -> None:
+    assert one.tokens.tolist() == other.tokens.tolist()
+    for tap in other.taps:
+        np.testing.assert_allclose(one[tap], other[tap], atol=1e-4, err_msg=tap)
+
+
+def test_a_cluster_does_what_a_grok_does(cluster, grok, tmp_path):
+    wishes = [
+        "resid_post",
+        "attn_pattern",
+        gs.capture("resid_pre", reduce="lens"),
+        gs.capture("expert_index", reduce="count"),
+    ]
+    heard = []
+    ours = cluster.generate(PROMPTS, 8, capture=wishes, on_token=heard.append)
+    theirs = grok.generate(PROMPTS, 8, capture=wishes)
+    for one, other in zip(ours, theirs, strict=True):
+        agree(one, other)
+        assert "".join(e.text for e in heard if e.prompt == one.meta["prompt"]) == one.continuation
+    with cluster.edits(gs.route.ban(layers=3, experts=1)), grok.edits(gs.route.ban(layers=3, experts=1)):
+        agree(cluster.trace(PROMPTS[0]), grok.trace(PROMPTS[0]))
+    assert len(cluster.dump(PROMPTS, tmp_path / "dump", 3)) == 3
+    assert cluster.loss(PROMPTS[0]).nats_per_token == pytest.approx(grok.loss(PROMPTS[0]).nats_per_token, abs=1e-4)
+    assert cluster.plan(PROMPTS, 8, capture=wishes).total["host"] == grok.plan(PROMPTS, 8, capture=wishes).total["host"]
+    assert "2 engines, mesh 2x2" in repr(cluster)
+
+
+def test_looking_while_it_runs_and_stopping(cluster, grok):
+    seen = []
+
+    def look(event: gs.TokenEvent) -> None:
+        seen.append((event.glimpse("router_logits", False), event.glimpse("router_logits", True)))
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    trace = cluster.generate(PROMPTS[0], 40, on_token=look)
+    assert trace.meta["finish"] == "interrupt"
+    assert len(trace.tokens) - trace.prompt_length in (5, 6)
+    np.testing.assert_array_equal(seen[3][0], trace["router_logits"][:, trace.prompt_length + 3])
+    np.testing.assert_array_equal(seen[0][1], trace["router_logits"][:, : trace.prompt_length])
+    agree(cluster.trace(PROMPTS[0]), grok.trace(PROMPTS[0]))
+
+
+def test_what_was_asked_wrongly_leaves_it_whole(cluster):
+    with pytest.raises(ValueError, match="vocabulary"):
+        cluster.generate([99999], 3)
+    with pytest.raises(ZeroDivisionError):
+        cluster.generate(PROMPTS[0], 5, on_token=lambda event: 1 / 0)
+    assert cluster.generate(PROMPTS[0], 3).meta["finish"] == "length"
+
+
+@pytest.mark.parametrize("when", ["prefill", "decode", "gather"])
+def test_a_lost_engine_is_one_clear_error_at_once(cluster, when):
+    process = cluster._client[cluster._engines[1]].apply_sync(os.getpid)
+    clock = []
+
+    def kill(event: gs.TokenEvent | None) -> None:
+        clock.append(time.monotonic())
+        os.kill(process, 9)
+        if event and when == "gather":
+            event.glimpse("router_logits", False)
+
+    with pytest.raises(gs.ClusterError, match=r"engine 1 was lost .*restart\(\)"):
+        if when == "prefill":
+            kill(None)
+        cluster.generate(PROMPTS[0], 40, on_token=lambda event: clock or kill(event))
+    assert time.monotonic() - clock[0] < 20
+    with pytest.raises(gs.ClusterError, match="restart"):
+        cluster.trace(PROMPTS[0])
+    cluster.restart()
+    assert cluster.generate(PROMPTS[0], 3).meta["finish"] == "length"
+
+
+def test_four_processes(grok):
+    with gs.cluster(n=4, mesh="1x8", environment=ON_CPU) as cluster:
+        agree(cluster.generate(PROMPTS[0], 6), grok.generate(PROMPTS[0], 6))
+
+
+def test_a_mesh_that_does_not_fit_is_refused_from_the_engines():
+    with pytest.raises(ValueError, match="these fit"):
+        gs.cluster(n=2, mesh="1x3", environment=ON_CPU)
+    with pytest.raises(ValueError, match="how many engines"):
+        gs.cluster()
+
+
+@pytest.mark.parametrize("tasks", [2, 4])
+def test_a_dump_under_srun_is_the_dump_of_one_process(grok, tmp_path, tasks):
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, PROMPTS)))
+    variables = {
+        "SLURM_JOB_ID": str(int(time.time()) % 4096), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(tasks),
+        "SLURM_STEP_NUM_NODES": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "grokscope", "dump", "prompts.jsonl", "out", "--max-new-tokens", "4", "--resume"]
+    started = [
+        subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | ON_CPU | variables | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+        )
+        for i in range(tasks)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=240)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * tasks, said
+    found = gs.open(tmp_path / "out")
+    for one, other in zip(found, grok.generate(PROMPTS, 4), strict=True):
+        agree(one, other)
+    assert found[0].meta["mesh"] == f"1x{2 * tasks}"
