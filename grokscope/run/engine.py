@@ -125,8 +125,8 @@ def load(
         bfloat16 on GPU.
       weights: "expanded" to the type of the numerics, or "int8" with scales; None expands where memory allows, on CPU.
         "streamed" leaves them on disk, from where layers are read while the model runs.
-      mesh: "DxM", data by model: weights, activations and cache over D * M devices; None is one device, or "1x" all where
-        several processes were joined (grokscope.run.processes).
+      mesh: "DxM", data by model: weights, activations and cache over D * M devices; None is one device, or "1xM"
+        of all where several processes were joined (grokscope.run.processes).
       memory: bytes, or "20GB", that streamed weights may take on the devices; None is half of the machine's memory, or
         0.8 of an accelerator's.
       tokenizer: a SentencePiece model; None is `tokenizer.model` of the checkpoint, if there is one.
