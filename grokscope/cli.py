@@ -265,17 +265,36 @@ def inspect(
         print("every part is as it was written")
 
 
-@app.command(epilog="Example:  grokscope plan prompts.jsonl --capture attn_pattern --max-new-tokens 64")
+@app.command(
+    epilog="Examples:  grokscope plan prompts.jsonl --capture attn_pattern --max-new-tokens 64   |   "
+    "grokscope plan --model grok-1 --mesh 1x8 --context 8192 --batch 4"
+)
 def plan(
     prompts: Annotated[Path | None, typer.Argument(help="JSON lines, as for dump.")] = None,
     tokens: Annotated[int | None, typer.Option(help="A number of tokens instead of prompts.")] = None,
     capture: Wishes = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to make a prompt.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Prompts at once.")] = 8,
+    batch_size: Annotated[int, typer.Option("--batch-size", "--batch", help="Prompts at once.")] = 8,
     checkpoint: Checkpoint = None,
     numerics: Annotated[str | None, typer.Option(help="float32 or bfloat16; by device if not given.")] = None,
+    model: Annotated[str | None, typer.Option(help="grok-1, or a config.json: print which machines it fits.")] = None,
+    mesh: Annotated[str, typer.Option(help="With --model: devices, data x model.")] = "1x8",
+    context: Annotated[
+        int | None, typer.Option(help="With --model: tokens of a prompt and what is made of it.")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="With --model: int8 or expanded.")] = "int8",
 ) -> None:
-    """Print what captures would take, in bytes on device, host and disk."""
+    """Print what captures would take, in bytes on device, host and disk; or, with --model, which machines it fits."""
+    if model is not None:
+        from grokscope.run.fit import table
+
+        config = gs.GROK_1 if model == "grok-1" else gs.GrokConfig.read(Path(model))
+        text = table(
+            config, mesh, context=context or config.sequence_len, batch=batch_size, capture=_captures(capture),
+            numerics=numerics or "bfloat16", form=weights,
+        )  # fmt: skip
+        print(text)
+        return
     grok = gs.load(checkpoint, numerics=numerics, progress=_bar(" tensors", 500))
     x = None if prompts is None else _prompts(prompts)
     print(grok.plan(x, max_new_tokens, capture=_captures(capture), tokens=tokens, batch_size=batch_size))

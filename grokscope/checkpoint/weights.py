@@ -11,18 +11,19 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
+import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from grokscope.checkpoint.ckpt0 import Checkpoint, Slot, slots
 from grokscope.checkpoint.tensorfile import Tensor
 from grokscope.config import GrokConfig
 from grokscope.model.params import GLOBAL_PARAMS, LAYER_PARAMS, Param
 from grokscope.model.quant import QuantizedWeight, Weight, dequantize
-from grokscope.model.sharding import placed
+from grokscope.model.sharding import parts, placed
 from grokscope.model.transformer import ExpertList, Params
 
 Form = Literal["expanded", "int8"]
@@ -69,7 +70,8 @@ class Reader:
         place = functools.partial(self._placed, dims=dims)
         if tensor.scales is None:
             return place(weight.shape, part=lambda at: weight[at].astype(self.dtype))
-        scales = _regrouped(tensor.scales[index], 1 if self.mesh is None else self.mesh.shape["model"], len(weight))
+        cuts = parts(dims[:1], [self.config.dims[dims[0][0]]], self.mesh)
+        scales = _regrouped(tensor.scales[index], cuts)
         if self.form == "int8":
             return QuantizedWeight(
                 place(weight.shape, part=lambda at: np.ascontiguousarray(weight[at])),
@@ -99,10 +101,38 @@ class Reader:
         return jax.make_array_from_callback(shape, sharding, once)
 
 
-def _regrouped(scales: np.ndarray, parts: int, rows: int) -> np.ndarray:
-    """The same scales [G, N], repeated so that each of `parts` equal parts of the rows has groups of its own."""
-    groups = math.lcm(len(scales), parts)
-    return np.repeat(scales, groups // len(scales), axis=0) if rows % groups == 0 else scales
+def _regrouped(scales: np.ndarray, cuts: int) -> np.ndarray:
+    """The same scales [G, N], repeated so that each of `cuts` equal parts of the rows has groups of its own."""
+    return np.repeat(scales, math.lcm(len(scales), cuts) // len(scales), axis=0)
+
+
+def described(param: Param, config: GrokConfig, dtype: np.dtype, form: Form, mesh: Mesh | AbstractMesh | None):
+    """A weight as Reader places it from a released checkpoint: shapes, types and shardings without values."""
+
+    def leaf(shape: tuple[int, ...], dtype, dims: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+        sharding = None if mesh is None else placed(mesh, dims, [config.dims[d[0]] for d in dims])
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    shape, dims = param.shape(config), param.dims
+    if param.groups is None:
+        return leaf(shape, dtype if (param.module, param.name) == ("embedding", "w") else np.float32, dims)
+    (rows, columns), of_matrix = shape[-2:], dims[-2:]
+    if form == "expanded":
+        matrix: Any = leaf((rows, columns), dtype, of_matrix)
+    else:
+        cuts = parts(of_matrix[:1], [config.dims[of_matrix[0][0]]], mesh)
+        groups = math.lcm(math.gcd(param.groups, rows), cuts)
+        scales = leaf((groups, columns), ml_dtypes.bfloat16, of_matrix)
+        matrix = QuantizedWeight(leaf((rows, columns), np.int8, of_matrix), scales)
+    return ExpertList((matrix,) * config.num_experts) if dims[0] == "E" else matrix
+
+
+def device_bytes(tree) -> int:
+    """What arrays, or their descriptions, take on one device."""
+    shapes = [
+        (a.shape if a.sharding is None else a.sharding.shard_shape(a.shape), a.dtype) for a in jax.tree.leaves(tree)
+    ]
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
 @dataclasses.dataclass
@@ -295,28 +325,21 @@ class Streamed:
 
 
 class Sizes(NamedTuple):
-    """Bytes on the devices, of all parts together."""
+    """Bytes on one device."""
 
     ends: int
     attention: int  # of a layer, with its norms and router
     expert: int
 
 
-def stored_bytes(config: GrokConfig, dtype: np.dtype, form: Form) -> Sizes:
+def stored_bytes(config: GrokConfig, dtype: np.dtype, form: Form, mesh: Mesh | AbstractMesh | None = None) -> Sizes:
     """What the weights take as they are placed, from shapes alone; int8 as the release stores it."""
 
-    def nbytes(param: Param, without: int = 1) -> int:
-        *lead, rows, columns = (1, 1, *param.shape(config))
-        count = math.prod((*lead, rows, columns)) // without
-        if param.groups is None:
-            return count * (dtype.itemsize if (param.module, param.name) == ("embedding", "w") else 4)
-        if form == "expanded":
-            return count * dtype.itemsize
-        return count + count // rows * math.gcd(param.groups, rows) * 2
+    def nbytes(params: Iterable[Param]) -> int:
+        return sum(device_bytes(described(p, config, dtype, form, mesh)) for p in params)
 
-    of_experts = [p for p in LAYER_PARAMS if p.module == EXPERTS]
     return Sizes(
-        sum(nbytes(p) for p in GLOBAL_PARAMS),
-        sum(nbytes(p) for p in LAYER_PARAMS if p.module != EXPERTS),
-        sum(nbytes(p, config.num_experts) for p in of_experts),
+        nbytes(GLOBAL_PARAMS),
+        nbytes(p for p in LAYER_PARAMS if p.module != EXPERTS),
+        nbytes(p for p in LAYER_PARAMS if p.module == EXPERTS) // config.num_experts,
     )

@@ -102,7 +102,7 @@ def parts(dims: Sequence[str], sizes: Sequence[int], mesh: Mesh | AbstractMesh |
     return math.prod(lengths[axis] for axis in spec(dims, sizes, lengths) if axis)
 
 
-def placed(mesh: Mesh, dims: Sequence[str], sizes: Sequence[int]) -> NamedSharding:
+def placed(mesh: Mesh | AbstractMesh, dims: Sequence[str], sizes: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, spec(dims, sizes, dict(mesh.shape)))
 
 

@@ -1,0 +1,203 @@
+"""Which machine a model fits: bytes on each device, for one mesh and for 1 to 64 devices.
+
+Weights, cache and captures are arithmetic, the same as a run's. Temporaries are what the compiler says of one layer
+over a block of a prompt, of one decode step, and of the head, compiled from shapes alone in a process with that many
+virtual devices: the CPU compiler's, which expands int8 matrices that a GPU's need not. Nothing is loaded.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from grokscope import look
+from grokscope.checkpoint.weights import described, device_bytes, stored_bytes
+from grokscope.config import GrokConfig
+from grokscope.model.params import GLOBAL_PARAMS, LAYER_PARAMS
+from grokscope.model.sharding import make_mesh, meshes, on, placed
+from grokscope.model.transformer import KVCache
+from grokscope.run import captures, steps
+from grokscope.run.decode import BLOCKS, cache_length, shapes
+from grokscope.run.hooks import PLAIN, Given
+from grokscope.run.plan import priced
+from grokscope.run.sampling import Sampling
+from grokscope.run.staging import Hooks, Sequence
+from grokscope.run.steps import DecodeState
+
+CARDS = {24: "4090, L4", 40: "A100-40", 48: "L40S, A6000", 80: "A100-80, H100", 96: "RTX PRO", 141: "H200", 192: "B200"}
+"""GB of a card, and cards that have as many."""
+
+USABLE = 0.92  # of a card: the rest is the driver's, and the allocator's gaps
+DISKS = (1, 3, 7)  # GB/s: a SATA disk or a network, an NVMe disk, a fast one
+DEVICES = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """Bytes on each device."""
+
+    mesh: str
+    weights: int
+    cache: int
+    temporaries: int
+    captures: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.temporaries + self.captures
+
+    @property
+    def cards(self) -> list[int]:
+        """GB of the cards that hold it."""
+        return [size for size in CARDS if self.total <= USABLE * size * 1e9]
+
+
+def fits(
+    config: GrokConfig,
+    asked: list[str],
+    *,
+    context: int,
+    batch: int,
+    capture=None,
+    numerics: str = "bfloat16",
+    form: str = "int8",
+) -> list[Fit]:
+    """For each mesh "DxM": `batch` prompts that fill `context` with what is made of them, captured as in `trace`.
+
+    Raises ValueError for a mesh that does not fit, or a context longer than the model's; RuntimeError if the compiler
+    fails.
+    """  # fmt: skip
+    if not 1 < context <= config.sequence_len:
+        raise ValueError(f"context={context}: expected 2 to {config.sequence_len}, what the model holds")
+    for mesh in asked:
+        data, _, model = mesh.partition("x")
+        if not (data.isdecimal() and model.isdecimal() and mesh in meshes(config, int(data) * int(model))):
+            raise ValueError(f"mesh={mesh!r}: expected data x model, and a model axis that divides {config.ffn_size}")
+    temporaries = _compiled_apart(config, asked, context, batch, numerics, form)
+    return [
+        _fit(config, m, t, context, batch, capture, numerics, form) for m, t in zip(asked, temporaries, strict=True)
+    ]
+
+
+def _fit(config, mesh: str, temporaries: int, context: int, batch: int, capture, numerics: str, form) -> Fit:
+    devices = AbstractMesh(tuple(map(int, mesh.split("x"))), ("data", "model"))
+    sizes = stored_bytes(config, np.dtype(numerics), form, devices)
+    weights = sizes.ends + config.num_layers * (sizes.attention + config.num_experts * sizes.expert)
+    sequences = [Sequence(context - 1, 1)] * batch
+    slots, length = shapes(sequences, batch, devices)
+    shape = (slots, length, config.num_kv_heads, config.key_size)
+    of_cache = jax.ShapeDtypeStruct(shape, np.dtype(numerics), sharding=placed(devices, "BSGC", shape))
+    hooks = Hooks(config, captures.resolve(capture, config), (), sequences)
+    of_captures = priced(hooks, batch, numerics, devices).total["device"]
+    return Fit(mesh, weights, 2 * config.num_layers * device_bytes(of_cache), temporaries, of_captures)
+
+
+# In a process of its own
+
+
+def _compiled_apart(config: GrokConfig, asked: list[str], context: int, batch: int, numerics: str, form) -> list[int]:
+    most = max(int(mesh.split("x")[0]) * int(mesh.split("x")[1]) for mesh in asked)
+    request = json.dumps([dataclasses.asdict(config), asked, context, batch, numerics, form])
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(most)}
+    done = subprocess.run(
+        [sys.executable, "-m", "grokscope.run.fit"], input=request, capture_output=True, text=True, env=environment
+    )
+    if done.returncode:
+        raise RuntimeError(f"compiling for the plan failed: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout)
+
+
+def temporaries(config: GrokConfig, mesh: str, context: int, batch: int, numerics: str, form) -> int:
+    """The most that a layer over a block of a prompt, a decode step's layer, or the head needs beside its inputs."""
+    devices = make_mesh(mesh, config)
+    dtype = np.dtype(numerics)
+    slots, length = shapes([Sequence(context - 1, 1)] * batch, batch, devices)
+
+    def params(of) -> dict:
+        found: dict[str, dict] = {}
+        for param in of:
+            found.setdefault(param.module, {})[param.name] = described(param, config, dtype, form, devices)
+        return found
+
+    def array(dims: str, shape: tuple[int, ...], kind=dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, kind, sharding=placed(devices, dims, shape))
+
+    def cache(rows: int, positions: int) -> KVCache:
+        one = array("BSGC", (rows, positions, config.num_kv_heads, config.key_size))
+        return KVCache(one, one)
+
+    block = min(b for b in BLOCKS if b >= min(context, BLOCKS[-1]))
+    whole = NamedSharding(devices, PartitionSpec())
+    as_whole = functools.partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole))
+    state = as_whole(jax.eval_shape(lambda: DecodeState.idle(slots)))
+    rows = as_whole(Sampling.rows(slots, config.vocab_size, temperature=0.0, top_p=1.0, top_k=None, seed=0))
+    at = (np.zeros(1, np.int32), np.zeros((1, block), np.int32), np.ones((1, block), bool), {}, Given())
+    x, step = array("BTD", (1, block, config.emb_size)), array("BTD", (slots, 1, config.emb_size))
+    layer, ends, method = (
+        params(LAYER_PARAMS),
+        params(GLOBAL_PARAMS),
+        Sampling.rows(1, config.vocab_size, temperature=0.0, top_p=1.0, top_k=None, seed=0).method(config.vocab_size),
+    )
+    with on(devices):
+        compiled = [
+            steps.layer.lower(config, PLAIN, layer, x, cache(1, cache_length(context)), *at),
+            steps.decode_layer.lower(config, PLAIN, layer, step, cache(slots, length), state, {}, Given(), 0),
+            steps.score.lower(config, PLAIN, ends, x, at[1], *at),
+            steps.readout.lower(config, PLAIN, method, ends, step, state, rows, {}, Given(), 0),
+        ]
+        return max(one.compile().memory_analysis().temp_size_in_bytes for one in compiled)
+
+
+# For people
+
+
+def table(
+    config: GrokConfig, mesh: str, *, context: int, batch: int, capture=None, numerics="bfloat16", form="int8"
+) -> str:
+    """What `grokscope plan --model` prints. Raises as `fits` does."""
+    asked = [mesh, *(f"1x{n}" for n in DEVICES if f"1x{n}" != mesh and config.ffn_size % n == 0)]
+    one, *others = fits(config, asked, context=context, batch=batch, capture=capture, numerics=numerics, form=form)
+    lines = [f"mesh {mesh}, {numerics}, {form} weights, context {context}, batch {batch}: bytes on each device"]
+    for name in ("weights", "cache", "temporaries", "captures", "total"):
+        note = "  (the CPU compiler's; of one layer or the head)" if name == "temporaries" else ""
+        lines.append(f"  {name:12}{look.si(getattr(one, name), 'B'):>10}{note}")
+    lines += [f"  cards of {_sizes(one)}", "", f"{'devices':>7} {'mesh':>6} {'each':>10}  cards that hold it"]
+    for fit in sorted([one, *others], key=lambda f: (np.prod([int(n) for n in f.mesh.split("x")]), f.mesh)):
+        devices = np.prod([int(n) for n in fit.mesh.split("x")])
+        lines.append(f"{devices:7} {fit.mesh:>6} {look.si(fit.total, 'B'):>10}  {_sizes(fit)}")
+    return "\n".join([*lines, "", *_streamed(config, numerics, form)])
+
+
+def _sizes(fit: Fit) -> str:
+    return ", ".join(f"{size} GB" for size in fit.cards) or "none"
+
+
+def _streamed(config: GrokConfig, numerics: str, form) -> list[str]:
+    own = stored_bytes(config, np.dtype(numerics), form)
+    disk = stored_bytes(config, np.dtype(np.float32), "int8")
+    layer = disk.attention + config.num_experts * disk.expert
+    read = config.num_layers * layer
+    token = config.num_layers * (disk.attention + config.num_selected_experts * disk.expert)
+    least = own.ends + 2 * own.attention + 2 * own.expert
+
+    def at_speeds(count: int) -> str:
+        return ", ".join(f"{count / speed / 1e9:,.1f} s at {speed} GB/s" for speed in DISKS)
+
+    return [
+        f'streamed (weights="streamed"): {look.si(least, "B")} for weights at least; a pass over many prompts reads '
+        f"{look.si(read, 'B')}:",
+        f"  {at_speeds(read)}; each token made after it {look.si(token, 'B')}: {at_speeds(token)}",
+        "  (reading alone; on a CPU computing may take longer)",
+    ]
+
+
+if __name__ == "__main__":
+    values, asked, *rest = json.loads(sys.stdin.read())
+    shape = GrokConfig(**values)
+    print(json.dumps([temporaries(shape, mesh, *rest) for mesh in asked]))
