@@ -5,6 +5,7 @@ has G = 1 for the matrices it splits by column and G = 8 for those it splits by 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,8 @@ class QuantizedWeight:
       scales: bfloat16 or float32 [..., G, N].
     """
 
-    weight: jax.Array | np.ndarray
-    scales: jax.Array | np.ndarray
+    weight: Any  # numpy or jax; or its description (jax.ShapeDtypeStruct)
+    scales: Any
 
     @property
     def shape(self) -> tuple[int, ...]:

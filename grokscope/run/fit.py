@@ -23,7 +23,7 @@ from grokscope.model.params import GLOBAL_PARAMS, LAYER_PARAMS
 from grokscope.model.sharding import make_mesh, meshes, on, placed
 from grokscope.model.transformer import KVCache
 from grokscope.run import captures, steps
-from grokscope.run.decode import BLOCKS, cache_length, shapes
+from grokscope.run.decode import BLOCKS, block_lengths, cache_length, shapes
 from grokscope.run.hooks import PLAIN, Given
 from grokscope.run.plan import priced
 from grokscope.run.sampling import Sampling
@@ -40,7 +40,11 @@ DEVICES = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Bytes on each device."""
+    """Bytes on each device.
+
+    cache: of the slots, and of the prompt that is being prefilled.
+    temporaries: of one layer or the head, and the stream of that prompt.
+    """
 
     mesh: str
     weights: int
@@ -91,11 +95,18 @@ def _fit(config, mesh: str, temporaries: int, context: int, batch: int, capture,
     weights = sizes.ends + config.num_layers * (sizes.attention + config.num_experts * sizes.expert)
     sequences = [Sequence(context - 1, 1)] * batch
     slots, length = shapes(sequences, batch, devices)
-    shape = (slots, length, config.num_kv_heads, config.key_size)
-    of_cache = jax.ShapeDtypeStruct(shape, np.dtype(numerics), sharding=placed(devices, "BSGC", shape))
+    heads = (config.num_kv_heads, config.key_size)
+    caches = [  # of the slots, and of the prompt that is prefilled
+        jax.ShapeDtypeStruct((*rows, *heads), np.dtype(numerics), sharding=placed(devices, "BSGC", (*rows, *heads)))
+        for rows in ((slots, length), (1, cache_length(context)))
+    ]
+    stream = (
+        2 * sum(block_lengths(context)) * config.emb_size * np.dtype(numerics).itemsize
+    )  # before a layer and behind
     hooks = Hooks(config, captures.resolve(capture, config), (), sequences)
     of_captures = priced(hooks, batch, numerics, devices).total["device"]
-    return Fit(mesh, weights, 2 * config.num_layers * device_bytes(of_cache), temporaries, of_captures)
+    cache = 2 * config.num_layers * device_bytes(caches)
+    return Fit(mesh, weights, cache, temporaries + stream, of_captures)
 
 
 # In a process of its own
@@ -151,7 +162,8 @@ def temporaries(config: GrokConfig, mesh: str, context: int, batch: int, numeric
             steps.score.lower(config, PLAIN, ends, x, at[1], *at),
             steps.readout.lower(config, PLAIN, method, ends, step, state, rows, {}, Given(), 0),
         ]
-        return max(one.compile().memory_analysis().temp_size_in_bytes for one in compiled)
+        analyses = [one.compile().memory_analysis() for one in compiled]
+    return max(found.temp_size_in_bytes for found in analyses if found is not None)
 
 
 # For people
@@ -165,7 +177,7 @@ def table(
     one, *others = fits(config, asked, context=context, batch=batch, capture=capture, numerics=numerics, form=form)
     lines = [f"mesh {mesh}, {numerics}, {form} weights, context {context}, batch {batch}: bytes on each device"]
     for name in ("weights", "cache", "temporaries", "captures", "total"):
-        note = "  (the CPU compiler's; of one layer or the head)" if name == "temporaries" else ""
+        note = "  (the CPU compiler's, of one layer or the head; and the stream)" if name == "temporaries" else ""
         lines.append(f"  {name:12}{look.si(getattr(one, name), 'B'):>10}{note}")
     lines += [f"  cards of {_sizes(one)}", "", f"{'devices':>7} {'mesh':>6} {'each':>10}  cards that hold it"]
     for fit in sorted([one, *others], key=lambda f: (np.prod([int(n) for n in f.mesh.split("x")]), f.mesh)):
