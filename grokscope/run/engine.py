@@ -26,6 +26,7 @@ from grokscope.model.quant import QuantizedWeight, dequantize
 from grokscope.model.sharding import make_mesh
 from grokscope.run import captures, edits
 from grokscope.run.captures import Wish
+from grokscope.run.compiled import keep_compiled
 from grokscope.run.decode import BATCH_SIZE, Job, Run
 from grokscope.run.dump import Dump, Writer
 from grokscope.run.plan import Plan, as_bytes, priced, refuse_over
@@ -146,6 +147,7 @@ def load(
     if memory is not None and weights != "streamed":
         raise ValueError(f'memory={memory!r} is for weights="streamed"; resident weights take what they take')
     tokens = open_tokenizer(checkpoint, tokenizer)
+    keep_compiled()
     mesh = mesh or (f"1x{len(jax.devices())}" if jax.process_count() > 1 else None)
     dtype, devices = jax.numpy.dtype(numerics), mesh and make_mesh(mesh, checkpoint.config)
     if weights == "streamed":
