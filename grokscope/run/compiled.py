@@ -11,7 +11,7 @@ import jax
 
 def keep_compiled() -> None:
     """Turns JAX's persistent cache on, unless the user chose a folder or turned it off; without a folder that can
-    be written to, does nothing. A folder for each jaxlib and each kind of processor: code of one may not run on another.
+    be written to, does nothing. Each jaxlib and kind of processor has its own: code of one may not run on another.
     """
     chosen = jax.config.values
     if chosen["jax_compilation_cache_dir"] is not None or not chosen["jax_enable_compilation_cache"]:
