@@ -393,3 +393,9 @@ def test_other_shapes_generate(tmp_path):
         assert trace.taps["resid_post"].dtype.name == "bfloat16"
         assert trace["resid_post"].dtype == np.float32
         assert trace["expert_index"].shape == (3, 9, 1)
+
+
+def test_int8_in_bfloat16_runs_one_prompt_and_many(random_checkpoint):
+    grok = gs.load(random_checkpoint, weights="int8", numerics="bfloat16")
+    for count in (1, 8):
+        assert all(len(trace.tokens) == 6 for trace in grok.generate([[5, 6, 7]] * count, 3, stop_at_eos=False))

@@ -71,7 +71,8 @@ def matmul(x: Float[Array, "*batch K"], w: Weight) -> Float[Array, "*batch N"]:
     if not isinstance(w, QuantizedWeight):
         return jnp.matmul(x, w, precision=HIGHEST)
     groups, (k, n) = w.num_groups, w.shape
-    x_groups = x.reshape(*x.shape[:-1], groups, k // groups)
-    w_groups = w.weight.reshape(groups, k // groups, n).astype(x.dtype)
+    kind = jnp.float32 if jax.default_backend() == "cpu" else x.dtype  # XLA on CPU has no bfloat16 product into float32
+    x_groups = x.reshape(*x.shape[:-1], groups, k // groups).astype(kind)
+    w_groups = w.weight.reshape(groups, k // groups, n).astype(kind)
     products = jnp.einsum("...gk,gkn->...gn", x_groups, w_groups, precision=HIGHEST, preferred_element_type=jnp.float32)
     return jnp.sum(products * w.scales.astype(jnp.float32), axis=-2).astype(x.dtype)
