@@ -32,7 +32,7 @@ def single(random_checkpoint):
     return gs.load(random_checkpoint).generate(PROMPTS, 6, capture=TAPS, batch_size=3)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", ["2x4", *(pytest.param(m, marks=pytest.mark.slow) for m in MESHES if m != "2x4")])
 def test_a_mesh_gives_what_one_device_gives(random_checkpoint, single, mesh):
     grok = gs.load(random_checkpoint, mesh=mesh)
     for one, other in zip(grok.generate(PROMPTS, 6, capture=TAPS, batch_size=3), single, strict=True):
@@ -64,7 +64,7 @@ def test_edits_reductions_and_dumps_on_a_mesh(random_checkpoint, tmp_path, mesh)
         agree(one, other)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 7, 8])
+@pytest.mark.parametrize("groups", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 7))])
 def test_scale_groups_of_any_number_on_any_model_axis(tmp_path, groups):
     path = write_random(
         tmp_path / "ckpt", small_config(emb_size=56, key_size=14, num_layers=1, widening_factor=1.5), groups=groups
@@ -75,6 +75,7 @@ def test_scale_groups_of_any_number_on_any_model_axis(tmp_path, groups):
             agree(gs.load(path, weights=form, mesh=mesh).trace(PROMPTS[1], capture="logits"), whole)
 
 
+@pytest.mark.slow
 def test_fewer_key_value_heads_than_the_model_axis(tmp_path):
     """Eight query heads on two, four on a model axis of eight, and three key-value heads beside six."""
     for sizes in ({"num_q_heads": 8}, {"num_q_heads": 8, "num_kv_heads": 4}, {"num_q_heads": 6, "num_kv_heads": 3}):

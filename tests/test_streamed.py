@@ -31,7 +31,7 @@ def equal(one: gs.Trace, other: gs.Trace) -> None:
         np.testing.assert_array_equal(one[tap], other[tap], err_msg=tap)
 
 
-@pytest.mark.parametrize("experts", [0, pytest.param(5, marks=pytest.mark.slow), 14])
+@pytest.mark.parametrize("experts", [14, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 5))])
 def test_streamed_is_resident(checkpoint, sizes, experts):
     """To the bit, whatever the budget keeps, hooks and edits too, also those inside the experts."""
     memory = least(sizes) + (4 * sizes.attention + experts * sizes.expert if experts else 0)
