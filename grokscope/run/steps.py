@@ -238,3 +238,18 @@ def seated_cache(cache: transformer.KVCache, row: transformer.KVCache, slot) -> 
         return constrain(jax.lax.dynamic_update_slice(all_, one, (slot, 0, 0, 0)), "BSGC")
 
     return jax.tree.map(put, cache, row)
+
+
+def one_at_a_time() -> None:
+    """From now on a step is waited for before the next is dispatched: for several processes on CPU.
+
+    Their collectives (gloo) have one channel for a set of devices, and two steps in flight may meet in each other's and
+    wait for ever; accelerators run steps in order.
+    """
+    for name, step in list(globals().items()):
+        if hasattr(step, "lower") and not isinstance(step, type):
+            globals()[name] = _waited_for(step)
+
+
+def _waited_for(step):
+    return functools.wraps(step)(lambda *args: jax.block_until_ready(step(*args)))
