@@ -394,6 +394,8 @@ def train(
     start: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model to put beside the result.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences per update.")] = 16,
+    accumulate: Annotated[int, typer.Option(help="Parts of a batch that are computed in turn.")] = 1,
+    mesh: Mesh = None,
     sequence_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
     decay: Annotated[float, typer.Option(help="Last part of the steps, over which it falls to zero.")] = 0.4,
@@ -408,11 +410,17 @@ def train(
     if (config is None) == (start is None):
         raise ValueError("give either --config (from scratch) or --start (a checkpoint), not both")
     recipe = training.Recipe(
-        steps=steps, batch=batch, sequence_len=sequence_len, learning_rate=learning_rate, decay=decay, seed=seed
+        steps=steps,
+        batch=batch,
+        accumulate=accumulate,
+        sequence_len=sequence_len,
+        learning_rate=learning_rate,
+        decay=decay,
+        seed=seed,
     )
     begin = gs.GrokConfig.read(config) if config is not None else open_checkpoint(start)
     done = training.train(
-        data, out, recipe, start=begin, tokenizer=tokenizer,
+        data, out, recipe, start=begin, tokenizer=tokenizer, mesh=mesh,
         report=lambda row: tqdm.write("  ".join(f"{k} {v}" for k, v in row.items())),
         progress=lambda todo: tqdm(todo, initial=todo.start, total=todo.stop, unit=" steps"),
     )  # fmt: skip

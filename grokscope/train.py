@@ -8,6 +8,7 @@ the released format, int8. Every expert runs exactly the tokens routed to it: no
 
 import dataclasses
 import functools
+import itertools
 import json
 import lzma
 import math
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -28,6 +30,7 @@ from grokscope.checkpoint import ckpt0, weights
 from grokscope.config import GrokConfig
 from grokscope.model import transformer
 from grokscope.model.params import PARAMS
+from grokscope.model.sharding import axis_size, make_mesh, on, placed, spec
 
 MATRICES = {(p.module, p.name) for p in PARAMS if p.groups is not None}
 EMBEDDING = ("embedding", "w")
@@ -35,10 +38,15 @@ EMBEDDING = ("embedding", "w")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to train. Learning rate: linear warm-up, constant, linear decay to zero over the last part, `decay`."""
+    """How to train. Learning rate: linear warm-up, constant, linear decay to zero over the last part, `decay`.
+
+    accumulate: parts of a batch whose gradients are averaged one after the other, for batches that memory does not hold
+      at once. The load-balance loss is then that of the parts.
+    """
 
     steps: int
     batch: int = 16
+    accumulate: int = 1
     sequence_len: int = 256
     learning_rate: float = 3e-3
     warmup: int = 100
@@ -49,9 +57,11 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("steps", "batch", "sequence_len"):
+        for name in ("steps", "batch", "accumulate", "sequence_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        if self.batch % self.accumulate:
+            raise ValueError(f"accumulate={self.accumulate} does not divide batch={self.batch} into equal parts")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay={self.decay}: expected a share of the steps, 0 to 1")
 
@@ -166,15 +176,64 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
 def train_step(config: GrokConfig, recipe: Recipe, dtype: str, state: dict, tokens: jax.Array) -> tuple[dict, dict]:
     """One update. Returns the new state and the losses of the batch before it."""
 
-    def loss(params):
+    def loss(params, tokens):
         parts = losses(config, params, tokens, dtype)
         total = parts["nats"].mean() + recipe.load_balance * parts["load_balance"] + recipe.router_z * parts["router_z"]
         return total, parts
 
-    grads, parts = jax.grad(loss, has_aux=True)(state["params"])
+    grads, parts = _accumulated(loss, state["params"], tokens, recipe.accumulate)
     updates, opt = optimizer(recipe).update(grads, state["opt"], state["params"])
-    parts["nats"] = parts["nats"].mean()
-    return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, parts
+    return _laid_out(config, {"params": optax.apply_updates(state["params"], updates), "opt": opt}), parts
+
+
+def _accumulated(loss: Callable, params: dict, tokens: jax.Array, count: int) -> tuple[dict, dict]:
+    """Gradients and losses of a batch, averaged over `count` equal parts of it that are computed in turn."""
+    grad = jax.grad(loss, has_aux=True)
+
+    def of(part) -> tuple[dict, dict]:
+        grads, parts = grad(params, part)
+        return grads, parts | {"nats": parts["nats"].mean()}
+
+    if count == 1:
+        return of(tokens)
+
+    def add(total, part):
+        return jax.tree.map(lambda a, b: a + b / count, total, of(part)), None
+
+    split = tokens.reshape(-1, count, tokens.shape[1]).swapaxes(0, 1)  # part i: rows i, i + count, ...
+    none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(of, split[0]))
+    return jax.lax.scan(add, none, split)[0]
+
+
+_DIMS = {(p.module, p.name): tuple(d for d in p.dims if d != "E") if p.dims[0] == "E" else p.dims for p in PARAMS}
+
+
+def _sharded(mesh: Mesh, config: GrokConfig, state: dict) -> dict:
+    """The state on a mesh: parameters by the letter table, what the optimiser keeps of each beside it."""
+
+    def place(path, leaf):
+        return jax.device_put(leaf, placed(mesh, *_layout(config, path, leaf)))
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _laid_out(config: GrokConfig, state: dict) -> dict:
+    """On a mesh, the new state where the old one lay."""
+    if axis_size("data") * axis_size("model") == 1:
+        return state
+
+    def lay(path, leaf):
+        return jax.lax.with_sharding_constraint(leaf, spec(*_layout(config, path, leaf)))
+
+    return jax.tree_util.tree_map_with_path(lay, state)
+
+
+def _layout(config: GrokConfig, path, leaf) -> tuple[tuple[str, ...], list[int]]:
+    """Dims of a leaf that belongs to a weight, and their sizes as the letter table reads them; of any other, none."""
+    keys = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
+    own = next((_DIMS[pair] for pair in itertools.pairwise(keys) if pair in _DIMS), ())
+    dims = ("L",) * (jnp.ndim(leaf) - len(own)) + own
+    return dims, [config.dims[d[0]] for d in dims]
 
 
 _evaluate_batch = jax.jit(losses, static_argnums=(0, 3))
@@ -282,11 +341,14 @@ def train(
     *,
     start: ckpt0.Checkpoint | GrokConfig,
     tokenizer: Path | None = None,
+    mesh: str | None = None,
     save_every: int = 500,
     report: Callable[[dict], None] = lambda row: None,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> Path:
-    """Trains and writes `out/checkpoint`; `out/state.safetensors` lets the same call resume exactly.
+    """Trains and writes `out/checkpoint`; `out/state.safetensors` lets the same call resume exactly, on any mesh.
+
+    mesh: "DxM" as in grokscope.load: parameters, what the optimiser keeps, and batches over D * M devices.
 
     `report` gets a row every 50 steps (step, nats, load_balance, router_z, least and greatest expert share, tokens per
     second), also appended to `out/log.jsonl`. Raises FileExistsError if `out/checkpoint` exists.
@@ -316,12 +378,15 @@ def train(
     _same_run(out, begun)
     if (out / "state.safetensors").exists():
         first, state = load_state(out / "state.safetensors", state)
+    devices = None if mesh is None else make_mesh(mesh, config)
+    if devices is not None:
+        state = _sharded(devices, config, state)
 
     clock = time.perf_counter()
     for step in progress(range(first, recipe.steps)):
-        state, parts = train_step(
-            config, recipe, dtype, state, ids.batch(recipe.seed, step, recipe.batch, recipe.sequence_len)
-        )
+        batch = ids.batch(recipe.seed, step, recipe.batch, recipe.sequence_len)
+        with on(devices):
+            state, parts = train_step(config, recipe, dtype, state, batch)
         if (step + 1) % 50 == 0 or step + 1 == recipe.steps:
             timed = min(step % 50, step - first) + 1
             rate = timed * recipe.batch * recipe.sequence_len / (time.perf_counter() - clock)

@@ -135,3 +135,57 @@ def test_data_that_does_not_fit(data, tmp_path):
     (tmp_path / "meta.json").write_text('{"weights": {"x": 1}, "bytes_per_token": {"x": 1}}')
     with pytest.raises(FileNotFoundError, match=r"neither .*train\.x\.u16 nor train\.x\.u16\.xz"):
         train.TokenData(tmp_path, "train", 64)
+
+
+def trained(data, out, mesh: str | None = None, **changes) -> tuple[list[float], dict]:
+    """Losses of three updates, and the parameters behind them."""
+    recipe = dataclasses.replace(RECIPE, steps=3, batch=8, warmup=1, **changes)
+    rows: list[dict] = []
+    ids, state = train.TokenData(data, "train", CONFIG.vocab_size), {"params": train.fresh_params(CONFIG, 0)}
+    state["opt"] = train.optimizer(recipe).init(state["params"])
+    devices = None if mesh is None else train.make_mesh(mesh, CONFIG)
+    state = state if devices is None else train._sharded(devices, CONFIG, state)
+    for step in range(3):
+        with train.on(devices):
+            state, parts = train.train_step(CONFIG, recipe, "float32", state, ids.batch(0, step, 8, 32))
+        rows.append(parts)
+    return [float(row["nats"]) for row in rows], jax.tree.map(np.asarray, state["params"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "accumulate"), [("8x1", 1), ("2x4", 1), ("1x8", 1), (None, 2), (None, 8), ("2x4", 2)])
+def test_on_a_mesh_and_in_parts_it_is_the_same_training(data, tmp_path, mesh, accumulate):
+    """Without the load-balance loss, which is of the parts."""
+    wanted, params = trained(data, tmp_path, load_balance=0.0)
+    losses, ours = trained(data, tmp_path, mesh, load_balance=0.0, accumulate=accumulate)
+    np.testing.assert_allclose(losses, wanted, rtol=2e-5)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-3)  # Adam divides small gradients by their own size
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_tuned_on_a_mesh_and_goes_on_on_another(data, tmp_path, random_checkpoint):
+    start = ckpt0.open_checkpoint(random_checkpoint)
+    recipe = dataclasses.replace(RECIPE, steps=4)
+
+    def stop(done: int):
+        def few(steps):
+            for step in steps:
+                if step == done:
+                    raise KeyboardInterrupt
+                yield step
+
+        return few
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(data, tmp_path / "two", recipe, start=start, mesh="2x4", save_every=2, progress=stop(2))
+    train.train(data, tmp_path / "two", recipe, start=start, mesh="1x2", save_every=2)
+    train.train(data, tmp_path / "one", recipe, start=start, save_every=2)
+    one, two = (gs.load(tmp_path / name / "checkpoint").trace([5, 6, 7, 8], "logits") for name in ("one", "two"))
+    np.testing.assert_allclose(one["logits"], two["logits"], atol=0.05)  # requantised
+    assert (one["logits"] != gs.load(random_checkpoint).trace([5, 6, 7, 8], "logits")["logits"]).any()
+
+
+def test_parts_that_are_none():
+    with pytest.raises(ValueError, match="accumulate=3 does not divide batch=4"):
+        dataclasses.replace(RECIPE, accumulate=3)
