@@ -1,10 +1,12 @@
-"""The figures of a model card: held-out loss and expert load by domain, over fixed windows of a token pack.
+"""The figures of a model card: held-out loss, expert load by domain, circuits, samples, over a token pack.
 
     python benchmarks/model_card.py checkpoints/grok-1-mini PACK [RUN/state.safetensors]
 
-With the state of the training run, also the loss of its float32 weights, before int8. Prints Markdown.
+With the state of the training run, also the loss of its float32 weights, before int8. Prints Markdown. Baselines are
+in baselines.py.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,6 +17,18 @@ from grokscope import analysis, train
 from grokscope.checkpoint.ckpt0 import open_checkpoint
 
 WINDOWS = 96  # of 256 tokens, a domain
+PROMPTS = {
+    "story": "The old keeper of the lighthouse",
+    "essay": "The purpose of government is",
+    "reference": "Copper (n.): a metal",
+    "scripture": "In the beginning God",
+    "manual": "To install the package,",
+    "languages": "Der Befehl kann",
+    "python": "def read_file(path):\n",
+    "c": "static int init(void)\n{\n",
+    "web": "export function add(a, b) {\n",
+    "arithmetic": "7 + 5 =",
+}
 
 
 def main(directory: str, pack: str, state: str | None = None) -> None:
@@ -52,6 +66,7 @@ def main(directory: str, pack: str, state: str | None = None) -> None:
 
     with gs.load(directory) as grok:
         circuits(grok, train.TokenData(pack, "valid", config.vocab_size))
+        samples(grok)
 
 
 def circuits(grok: gs.Grok, held_out: train.TokenData) -> None:
@@ -89,6 +104,16 @@ def circuits(grok: gs.Grok, held_out: train.TokenData) -> None:
         for layer, row in enumerate(grid):
             print(f"| layer {layer} |" + "".join(f" {v:.3f} |" for v in row))
         print()
+
+
+def samples(grok: gs.Grok) -> None:
+    """Prompts of every domain, continued by 48 tokens at temperature 0.7 with seeds 0 to 4: all of them, unselected."""
+    for domain, prompt in PROMPTS.items():
+        print(f"\n**{domain}**: prompt {json.dumps(prompt, ensure_ascii=False)}\n\n```text")
+        for seed in range(5):
+            text = grok.generate(prompt, 48, temperature=0.7, seed=seed).text.removeprefix(prompt)
+            print(f"{seed} {json.dumps(text, ensure_ascii=False)}")
+        print("```")
 
 
 if __name__ == "__main__":

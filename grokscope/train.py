@@ -114,6 +114,11 @@ class TokenData:
         begin = rng.integers(0, len(ids) - length)
         return ids[begin : begin + length + 1].astype(np.int32)
 
+    def windows(self, domain: str, length: int, count: int) -> np.ndarray:
+        """int32 [count, length + 1]: always the same ones, those of `evaluate`."""
+        rng = np.random.default_rng(7)
+        return np.stack([self.window(domain, rng, length) for _ in range(count)])
+
 
 def _read_ids(path: Path) -> np.ndarray:
     packed = path.with_name(path.name + ".xz")
@@ -246,8 +251,7 @@ def evaluate(
     as in training; over fixed windows of `length` tokens, a multiple of 12."""
     found = {}
     for domain in data.weights:
-        rng = np.random.default_rng(7)
-        tokens = np.stack([data.window(domain, rng, length) for _ in range(windows)])
+        tokens = data.windows(domain, length, windows)
         parts = [_evaluate_batch(config, params, batch, dtype) for batch in np.split(tokens, windows // 12)]
         nats = float(np.mean([p["nats"] for p in parts]))
         share = np.mean([p["share"] for p in parts], axis=0)
