@@ -352,7 +352,8 @@ def test_a_saved_notebook_has_a_picture(tmp_path):
 
     cells = [
         CELL,
-        "app._on_generate('The', {'max': 4, 'temperature': 0, 'top_p': 1, 'seed': 0}, [])\napp._worker.join()",
+        "app._on_generate('The', {'max': 4, 'temperature': 0, 'top_p': 1, 'seed': 0}, [])\n"
+        "app._worker.join()\napp._redrawing.join()",
     ]
     lab.write_notebook(tmp_path / "n.ipynb", *cells, "gs.view(app.trace, app.trace)")
     notebook = nbformat.read(tmp_path / "n.ipynb", as_version=4)

@@ -178,7 +178,8 @@ class Explore(Page):
         run.trace = trace
         self._runs = [*self._runs, run][-RUNS:]
         self._show(run, trace, known=True)
-        threading.Thread(target=self._redraw, daemon=True).start()
+        self._redrawing = threading.Thread(target=self._redraw, daemon=True)
+        self._redrawing.start()
 
     def _redraw(self) -> None:
         """In a thread of its own, so that the next run need not wait."""
