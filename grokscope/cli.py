@@ -425,5 +425,5 @@ def train(
         progress=lambda todo: tqdm(todo, initial=todo.start, total=todo.stop, unit=" steps"),
     )  # fmt: skip
     print(f"written to {done}")
-    for domain, row in training.evaluate_checkpoint(done, data, length=sequence_len).items():
+    for domain, row in training.evaluate_checkpoint(done, data, length=sequence_len, mesh=mesh).items():
         print(f"held out, {domain}: {row['nats']:.3f} nats per token, {row['bits_per_byte']:.3f} bits per byte")

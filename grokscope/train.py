@@ -4,11 +4,13 @@ Data is a folder of token ids: `meta.json` with {"weights": {domain: share}, "by
 `train.<domain>.u16[.xz]`, `valid.<domain>.u16[.xz]`, little-endian uint16. A batch is a function of seed and step, and
 the whole state is saved, so a run that was killed resumes exactly. Master weights are float32; the result is written in
 the released format, int8. Every expert runs exactly the tokens routed to it: nothing is dropped, there is no capacity.
+
+On a mesh, parameters and optimizer state lie by the letter table and each data shard computes its rows of the batch;
+one process drives all devices. The state file holds whole arrays, so that a run begun on one mesh goes on on another.
 """
 
 import dataclasses
 import functools
-import itertools
 import json
 import lzma
 import math
@@ -22,31 +24,31 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from grokscope.checkpoint import ckpt0, weights
 from grokscope.config import GrokConfig
-from grokscope.model import transformer
+from grokscope.model import sharding, transformer
 from grokscope.model.params import PARAMS
-from grokscope.model.sharding import axis_size, make_mesh, on, placed, spec
 
 MATRICES = {(p.module, p.name) for p in PARAMS if p.groups is not None}
 EMBEDDING = ("embedding", "w")
+DIMS = {(p.module, p.name): ("L",) * p.layered + p.dims[p.dims[0] == "E" :] for p in PARAMS}
+"""(Haiku module, weight) -> dims of the leaf that the loop holds: layers stacked, experts listed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How to train. Learning rate: linear warm-up, constant, linear decay to zero over the last part, `decay`.
 
-    accumulate: parts of a batch whose gradients are averaged one after the other, for batches that memory does not hold
-      at once. The load-balance loss is then that of the parts.
+    The batch goes in `accumulate` parts, one after the other, whose gradients are averaged before one update: the same
+    as the whole for nats and router_z, in a part's memory; load_balance is that of each part, whose shares are uneven.
     """
 
     steps: int
     batch: int = 16
-    accumulate: int = 1
     sequence_len: int = 256
     learning_rate: float = 3e-3
     warmup: int = 100
@@ -55,13 +57,14 @@ class Recipe:
     load_balance: float = 0.01
     router_z: float = 1e-3
     seed: int = 0
+    accumulate: int = 1
 
     def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "sequence_len"):
+        for name in ("steps", "batch", "sequence_len", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
         if self.batch % self.accumulate:
-            raise ValueError(f"accumulate={self.accumulate} does not divide batch={self.batch} into equal parts")
+            raise ValueError(f"batch={self.batch}: expected a multiple of accumulate={self.accumulate}")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay={self.decay}: expected a share of the steps, 0 to 1")
 
@@ -177,68 +180,57 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3,))
-def train_step(config: GrokConfig, recipe: Recipe, dtype: str, state: dict, tokens: jax.Array) -> tuple[dict, dict]:
-    """One update. Returns the new state and the losses of the batch before it."""
+def layout(config: GrokConfig, mesh: Mesh | AbstractMesh, tree):
+    """Where each leaf of parameters, gradients or optimizer state lies, by the letter table; counts lie everywhere."""
+
+    def lies(path, _) -> NamedSharding:
+        keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        dims = DIMS.get(tuple(keys[-2:]), ())
+        return NamedSharding(mesh, sharding.spec(dims, [config.dims[d[0]] for d in dims], dict(mesh.shape)))
+
+    return jax.tree_util.tree_map_with_path(lies, tree)
+
+
+def _laid_out(config: GrokConfig, tree):
+    """The tree, in a trace, laid out on the mesh in force."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, layout(config, mesh, tree))
+
+
+def _put(config: GrokConfig, mesh: Mesh | None, tree):
+    """Arrays of the host or of any devices, laid out on a mesh; None is the default device."""
+    return jax.device_put(tree, None if mesh is None else layout(config, mesh, tree))
+
+
+def gradients(config: GrokConfig, recipe: Recipe, dtype: str, params: dict, tokens: jax.Array) -> tuple[dict, dict]:
+    """Of a batch [B, T + 1]: float32 gradients, and the losses with nats averaged; means over the recipe's parts."""
 
     def loss(params, tokens):
         parts = losses(config, params, tokens, dtype)
-        total = parts["nats"].mean() + recipe.load_balance * parts["load_balance"] + recipe.router_z * parts["router_z"]
-        return total, parts
+        nats = parts["nats"].mean()
+        total = nats + recipe.load_balance * parts["load_balance"] + recipe.router_z * parts["router_z"]
+        return total, {**parts, "nats": nats}
 
-    grads, parts = _accumulated(loss, state["params"], tokens, recipe.accumulate)
-    updates, opt = optimizer(recipe).update(grads, state["opt"], state["params"])
-    return _laid_out(config, {"params": optax.apply_updates(state["params"], updates), "opt": opt}), parts
-
-
-def _accumulated(loss: Callable, params: dict, tokens: jax.Array, count: int) -> tuple[dict, dict]:
-    """Gradients and losses of a batch, averaged over `count` equal parts of it that are computed in turn."""
-    grad = jax.grad(loss, has_aux=True)
-
-    def of(part) -> tuple[dict, dict]:
-        grads, parts = grad(params, part)
-        return grads, parts | {"nats": parts["nats"].mean()}
-
-    if count == 1:
-        return of(tokens)
+    of_part = jax.grad(loss, has_aux=True)
+    if recipe.accumulate == 1:
+        return of_part(params, sharding.constrain(tokens, "BT"))
 
     def add(total, part):
-        return jax.tree.map(lambda a, b: a + b / count, total, of(part)), None
+        grads, parts = jax.tree.map(jnp.add, total, of_part(params, part))
+        return (_laid_out(config, grads), parts), None
 
-    split = tokens.reshape(-1, count, tokens.shape[1]).swapaxes(0, 1)  # part i: rows i, i + count, ...
-    none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(of, split[0]))
-    return jax.lax.scan(add, none, split)[0]
-
-
-_DIMS = {(p.module, p.name): tuple(d for d in p.dims if d != "E") if p.dims[0] == "E" else p.dims for p in PARAMS}
-
-
-def _sharded(mesh: Mesh, config: GrokConfig, state: dict) -> dict:
-    """The state on a mesh: parameters by the letter table, what the optimiser keeps of each beside it."""
-
-    def place(path, leaf):
-        return jax.device_put(leaf, placed(mesh, *_layout(config, path, leaf)))
-
-    return jax.tree_util.tree_map_with_path(place, state)
+    tokens = sharding.constrain(tokens.reshape(recipe.accumulate, -1, tokens.shape[1]), "ABT")
+    none = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, params, tokens[0]))
+    total, _ = jax.lax.scan(add, none, tokens)
+    return jax.tree.map(lambda leaf: leaf / recipe.accumulate, total)
 
 
-def _laid_out(config: GrokConfig, state: dict) -> dict:
-    """On a mesh, the new state where the old one lay."""
-    if axis_size("data") * axis_size("model") == 1:
-        return state
-
-    def lay(path, leaf):
-        return jax.lax.with_sharding_constraint(leaf, spec(*_layout(config, path, leaf)))
-
-    return jax.tree_util.tree_map_with_path(lay, state)
-
-
-def _layout(config: GrokConfig, path, leaf) -> tuple[tuple[str, ...], list[int]]:
-    """Dims of a leaf that belongs to a weight, and their sizes as the letter table reads them; of any other, none."""
-    keys = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
-    own = next((_DIMS[pair] for pair in itertools.pairwise(keys) if pair in _DIMS), ())
-    dims = ("L",) * (jnp.ndim(leaf) - len(own)) + own
-    return dims, [config.dims[d[0]] for d in dims]
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3,))
+def train_step(config: GrokConfig, recipe: Recipe, dtype: str, state: dict, tokens: jax.Array) -> tuple[dict, dict]:
+    """One update, with a batch [B, T + 1]. Returns the new state and the losses of the batch before it."""
+    grads, parts = gradients(config, recipe, dtype, state["params"], tokens)
+    updates, opt = optimizer(recipe).update(_laid_out(config, grads), state["opt"], state["params"])
+    return _laid_out(config, {"params": optax.apply_updates(state["params"], updates), "opt": opt}), parts
 
 
 _evaluate_batch = jax.jit(losses, static_argnums=(0, 3))
@@ -282,19 +274,23 @@ def fresh_params(config: GrokConfig, seed: int) -> dict:
     return stack(ends, [listed(p) for p in layers])
 
 
-def checkpoint_params(checkpoint: ckpt0.Checkpoint) -> dict:
-    """Float32 parameters of a checkpoint, dequantised."""
-    loaded = weights.load(weights.Reader(checkpoint, np.dtype(np.float32), "expanded"))
-    return stack(loaded.ends, loaded.layers)
+def checkpoint_params(checkpoint: ckpt0.Checkpoint, mesh: Mesh | None = None) -> dict:
+    """Float32 parameters of a checkpoint, dequantised; on a mesh each device reads its part."""
+    loaded = weights.load(weights.Reader(checkpoint, np.dtype(np.float32), "expanded", mesh))
+    return _put(checkpoint.config, mesh, stack(loaded.ends, loaded.layers))
 
 
-def evaluate_checkpoint(directory: Path, data: Path | str, *, length: int = 256, windows: int = 48) -> dict:
+def evaluate_checkpoint(
+    directory: Path, data: Path | str, *, length: int = 256, windows: int = 48, mesh: str | None = None
+) -> dict:
     """`evaluate` of a checkpoint on disk, as it was stored, over the held-out windows of `data`."""
     checkpoint = ckpt0.open_checkpoint(directory)
-    held_out = TokenData(data, "valid", checkpoint.config.vocab_size)
-    return evaluate(
-        checkpoint.config, checkpoint_params(checkpoint), held_out, dtype="float32", length=length, windows=windows
-    )
+    config = checkpoint.config
+    held_out = TokenData(data, "valid", config.vocab_size)
+    devices = None if mesh is None else sharding.make_mesh(mesh, config)
+    with sharding.on(devices):
+        params = checkpoint_params(checkpoint, devices)
+        return evaluate(config, params, held_out, dtype="float32", length=length, windows=windows)
 
 
 def export(directory: Path, config: GrokConfig, params: dict, tokenizer: Path | None) -> Path:
@@ -321,7 +317,7 @@ def save_state(path: Path, step: int, state: dict) -> None:
 
 
 def load_state(path: Path, like: dict) -> tuple[int, dict]:
-    """Step and state; raises ValueError if it belongs to another configuration."""
+    """Step and state, on the host; raises ValueError if it belongs to another configuration than `like`."""
     try:
         arrays = load_file(path)
     except SafetensorError as err:
@@ -335,7 +331,7 @@ def load_state(path: Path, like: dict) -> tuple[int, dict]:
         raise ValueError(
             f"{path} belongs to another model: {wrong[0]} is missing or has another shape; choose a new --out"
         )
-    return int(arrays["step"]), jax.tree_util.tree_unflatten(treedef, [jnp.asarray(arrays[n]) for n in names])
+    return int(arrays["step"]), jax.tree_util.tree_unflatten(treedef, [arrays[n] for n in names])
 
 
 def train(
@@ -350,59 +346,85 @@ def train(
     report: Callable[[dict], None] = lambda row: None,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> Path:
-    """Trains and writes `out/checkpoint`; `out/state.safetensors` lets the same call resume exactly, on any mesh.
+    """Trains and writes `out/checkpoint`; `out/state.safetensors` lets the same call resume exactly.
 
-    mesh: "DxM" as in grokscope.load: parameters, what the optimiser keeps, and batches over D * M devices.
-
+    `mesh` is "DxM", data x model; None is one device. A run may resume on another mesh: the same but for rounding.
     `report` gets a row every 50 steps (step, nats, load_balance, router_z, least and greatest expert share, tokens per
-    second), also appended to `out/log.jsonl`. Raises FileExistsError if `out/checkpoint` exists.
+    second), also appended to `out/log.jsonl`. Raises FileExistsError if `out/checkpoint` exists, and ValueError if
+    `out` was begun with something else, or if model, mesh and recipe do not fit one another.
     """
     out = Path(out)
     if (out / "checkpoint").exists():
         raise FileExistsError(f"{out}/checkpoint exists: this run is finished; choose a new --out")
-    out.mkdir(parents=True, exist_ok=True)
-    from_checkpoint = isinstance(start, ckpt0.Checkpoint)
-    config = start.config if from_checkpoint else start
-    tokenizer = tokenizer or (start.tokenizer if from_checkpoint else None)
-    if recipe.sequence_len > config.sequence_len:
-        raise ValueError(f"sequence_len={recipe.sequence_len} exceeds the context of the model, {config.sequence_len}")
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    config, own = (start, None) if isinstance(start, GrokConfig) else (start.config, start.tokenizer)
+    devices = _devices(config, recipe, mesh)
     ids = TokenData(data, "train", config.vocab_size)
     TokenData(data, "valid", config.vocab_size)  # faults in it show now, not after hours
-
-    params = checkpoint_params(start) if from_checkpoint else fresh_params(config, recipe.seed)
-    state, first = {"params": params, "opt": optimizer(recipe).init(params)}, 0
-    begun = {
-        "recipe": dataclasses.asdict(recipe),
-        "config": dataclasses.asdict(config),
-        "start": start.hash() if from_checkpoint else "scratch",
-        "data": {domain: [share, len(ids.ids[domain])] for domain, share in ids.weights.items()},
-        "dtype": dtype,
-    }
+    out.mkdir(parents=True, exist_ok=True)
+    begun = _begun(recipe, start, ids)
     _same_run(out, begun)
-    if (out / "state.safetensors").exists():
-        first, state = load_state(out / "state.safetensors", state)
-    devices = None if mesh is None else make_mesh(mesh, config)
-    if devices is not None:
-        state = _sharded(devices, config, state)
-
-    clock = time.perf_counter()
-    for step in progress(range(first, recipe.steps)):
-        batch = ids.batch(recipe.seed, step, recipe.batch, recipe.sequence_len)
-        with on(devices):
-            state, parts = train_step(config, recipe, dtype, state, batch)
-        if (step + 1) % 50 == 0 or step + 1 == recipe.steps:
-            timed = min(step % 50, step - first) + 1
-            rate = timed * recipe.batch * recipe.sequence_len / (time.perf_counter() - clock)
-            clock = time.perf_counter()
-            row = _log_row(step + 1, parts, rate)
-            with (out / "log.jsonl").open("a") as log:
-                log.write(json.dumps(row) + "\n")
-            report(row)
-        if (step + 1) % save_every == 0:
-            save_state(out / "state.safetensors", step + 1, state)
+    with sharding.on(devices):
+        first, state = _first_state(out, recipe, start, devices)
+        log = _Log(out / "log.jsonl", recipe, first, report)
+        for step in progress(range(first, recipe.steps)):
+            tokens = _batch(ids, recipe, step, devices)
+            state, parts = train_step(config, recipe, begun["dtype"], state, tokens)
+            log(step + 1, parts)
+            if (step + 1) % save_every == 0:
+                save_state(out / "state.safetensors", step + 1, state)
     save_state(out / "state.safetensors", recipe.steps, state)
-    return export(out / "checkpoint", config, state["params"], tokenizer)
+    return export(out / "checkpoint", config, state["params"], tokenizer or own)
+
+
+def _devices(config: GrokConfig, recipe: Recipe, mesh: str | None) -> Mesh | None:
+    """The mesh of that name; raises ValueError where the recipe fits neither it nor the model."""
+    if recipe.sequence_len > config.sequence_len:
+        raise ValueError(f"sequence_len={recipe.sequence_len} exceeds the context of the model, {config.sequence_len}")
+    if mesh is None:
+        return None
+    devices = sharding.make_mesh(mesh, config)
+    if recipe.batch % (recipe.accumulate * devices.shape["data"]):
+        raise ValueError(
+            f"batch={recipe.batch} on mesh={mesh!r}: expected a multiple of accumulate times the data axis, "
+            f"{recipe.accumulate} * {devices.shape['data']}"
+        )
+    return devices
+
+
+def _first_state(
+    out: Path, recipe: Recipe, start: ckpt0.Checkpoint | GrokConfig, mesh: Mesh | None
+) -> tuple[int, dict]:
+    """The step to go on from and the state there: as saved in `out`, or fresh."""
+    config = start if isinstance(start, GrokConfig) else start.config
+
+    def begin(params: dict) -> dict:
+        return {"params": params, "opt": optimizer(recipe).init(params)}
+
+    if (out / "state.safetensors").exists():
+        like = jax.eval_shape(lambda: begin(fresh_params(config, recipe.seed)))
+        step, state = load_state(out / "state.safetensors", like)
+        return step, _put(config, mesh, state)
+    if isinstance(start, GrokConfig):
+        return 0, _put(config, mesh, begin(_put(config, mesh, fresh_params(config, recipe.seed))))
+    return 0, _put(config, mesh, begin(checkpoint_params(start, mesh)))
+
+
+def _batch(ids: TokenData, recipe: Recipe, step: int, mesh: Mesh | None) -> np.ndarray | jax.Array:
+    """Tokens [B, T + 1] of a step, each row on its data shard."""
+    tokens = ids.batch(recipe.seed, step, recipe.batch, recipe.sequence_len)
+    return tokens if mesh is None else jax.device_put(tokens, sharding.placed(mesh, "BT", tokens.shape))
+
+
+def _begun(recipe: Recipe, start: ckpt0.Checkpoint | GrokConfig, ids: TokenData) -> dict:
+    """What decides a run, but for rounding: recipe.json."""
+    scratch = isinstance(start, GrokConfig)
+    return {
+        "recipe": dataclasses.asdict(recipe),
+        "config": dataclasses.asdict(start if scratch else start.config),
+        "start": "scratch" if scratch else start.hash(),
+        "data": {domain: [share, len(ids.ids[domain])] for domain, share in ids.weights.items()},
+        "dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16",
+    }
 
 
 def _same_run(out: Path, begun: dict) -> None:
@@ -411,6 +433,7 @@ def _same_run(out: Path, begun: dict) -> None:
     if not path.exists():
         path.write_text(json.dumps(begun, indent=1))
     before = json.loads(path.read_text())
+    before["recipe"] = dataclasses.asdict(Recipe(**before["recipe"]))  # an older one has fewer settings
     changed = [name for name in begun if before.get(name) != begun[name]]
     if changed:
         raise ValueError(
@@ -418,12 +441,29 @@ def _same_run(out: Path, begun: dict) -> None:
         )
 
 
-def _log_row(step: int, parts: dict, rate: float) -> dict:
-    share = np.asarray(parts["share"])
-    return {
-        "step": step,
-        **{name: round(float(parts[name]), 4) for name in ("nats", "load_balance", "router_z")},
-        "share_min": round(float(share.min()), 3),
-        "share_max": round(float(share.max()), 3),
-        "tokens_per_second": round(rate),
-    }
+class _Log:
+    """Writes and reports a row every 50 steps and at the last."""
+
+    def __init__(self, path: Path, recipe: Recipe, first: int, report: Callable[[dict], None]):
+        self.path, self.recipe, self.report = path, recipe, report
+        self.step, self.clock = first, time.perf_counter()  # of the row before
+
+    def __call__(self, step: int, parts: dict) -> None:
+        if step % 50 and step != self.recipe.steps:
+            return
+        row = self.row(step, parts)
+        with self.path.open("a") as log:
+            log.write(json.dumps(row) + "\n")
+        self.report(row)
+
+    def row(self, step: int, parts: dict) -> dict:
+        share = np.asarray(parts["share"])  # waits for the step
+        tokens = (step - self.step) * self.recipe.batch * self.recipe.sequence_len
+        rate, self.step, self.clock = tokens / (time.perf_counter() - self.clock), step, time.perf_counter()
+        return {
+            "step": step,
+            **{name: round(float(parts[name]), 4) for name in ("nats", "load_balance", "router_z")},
+            "share_min": round(float(share.min()), 3),
+            "share_max": round(float(share.max()), 3),
+            "tokens_per_second": round(rate),
+        }

@@ -21,10 +21,6 @@ def sizes(checkpoint):
     return stored_bytes(gs.load(checkpoint).config, np.dtype(np.float32), "expanded")
 
 
-def least(sizes) -> int:
-    return sizes.ends + 2 * sizes.attention + 2 * sizes.expert
-
-
 def equal(one: gs.Trace, other: gs.Trace) -> None:
     assert one.tokens.tolist() == other.tokens.tolist()
     for tap in other.taps:
@@ -34,7 +30,7 @@ def equal(one: gs.Trace, other: gs.Trace) -> None:
 @pytest.mark.parametrize("experts", [14, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 5))])
 def test_streamed_is_resident(checkpoint, sizes, experts):
     """To the bit, whatever the budget keeps, hooks and edits too, also those inside the experts."""
-    memory = least(sizes) + (4 * sizes.attention + experts * sizes.expert if experts else 0)
+    memory = sizes.least + (4 * sizes.attention + experts * sizes.expert if experts else 0)
     resident, streamed = gs.load(checkpoint), gs.load(checkpoint, weights="streamed", memory=memory)
     for capture in (TAPS, "expert_hidden"):
         for one, other in zip(
@@ -55,14 +51,14 @@ def test_streamed_is_resident(checkpoint, sizes, experts):
 
 
 def test_many_prompts_share_one_reading(checkpoint, sizes):
-    streamed = gs.load(checkpoint, weights="streamed", memory=least(sizes))
+    streamed = gs.load(checkpoint, weights="streamed", memory=sizes.least)
     on_disk = sum(path.stat().st_size for path in (checkpoint / "ckpt-0").iterdir())
     streamed.trace(PROMPTS * 4)
     assert streamed._weights.bytes_read <= 1.3 * on_disk  # and the first layer's attention, read ahead
 
 
 def test_a_short_input_reads_the_experts_it_chose(checkpoint, sizes):
-    streamed = gs.load(checkpoint, weights="streamed", memory=least(sizes))
+    streamed = gs.load(checkpoint, weights="streamed", memory=sizes.least)
     before = streamed._weights.bytes_read
     trace = streamed.trace([7])
     files = {slot.file: slot for own in streamed._weights._slots.values() for slot in own}
@@ -92,8 +88,8 @@ def test_what_fits_is_read_once(checkpoint):
 
 
 def test_budgets_that_are_none(checkpoint, sizes):
-    with pytest.raises(MemoryError, match=f"takes {least(sizes)} bytes at least"):
-        gs.load(checkpoint, weights="streamed", memory=least(sizes) - 1)
+    with pytest.raises(MemoryError, match=f"takes {sizes.least} bytes at least"):
+        gs.load(checkpoint, weights="streamed", memory=sizes.least - 1)
     with pytest.raises(ValueError, match="streamed"):
         gs.load(checkpoint, memory="20GB")
     with pytest.raises(ValueError, match="bytes"):

@@ -58,7 +58,7 @@ class Reader:
             return ExpertList(tuple(self._matrix(slot, tensor, e) for e in range(self.config.num_experts)))
         if slot.param.groups is not None:
             return self._matrix(slot, tensor, ...)
-        dtype = self.dtype if (slot.param.module, slot.param.name) == ("embedding", "w") else np.dtype(np.float32)
+        dtype = _unquantised(slot.param, self.dtype)
         return self._placed(tensor.weight.shape, slot.param.dims, lambda at: tensor.weight[at].astype(dtype))
 
     def expert(self, slots: Sequence[Slot], number: int) -> tuple[Weight, ...]:
@@ -70,8 +70,9 @@ class Reader:
         place = functools.partial(self._placed, dims=dims)
         if tensor.scales is None:
             return place(weight.shape, part=lambda at: weight[at].astype(self.dtype))
-        cuts = parts(dims[:1], [self.config.dims[dims[0][0]]], self.mesh)
-        scales = _regrouped(tensor.scales[index], cuts)
+        scales = tensor.scales[index]
+        groups = _groups(len(scales), dims[0], self.config, self.mesh)
+        scales = np.repeat(scales, groups // len(scales), axis=0)
         if self.form == "int8":
             return QuantizedWeight(
                 place(weight.shape, part=lambda at: np.ascontiguousarray(weight[at])),
@@ -101,9 +102,14 @@ class Reader:
         return jax.make_array_from_callback(shape, sharding, once)
 
 
-def _regrouped(scales: np.ndarray, cuts: int) -> np.ndarray:
-    """The same scales [G, N], repeated so that each of `cuts` equal parts of the rows has groups of its own."""
-    return np.repeat(scales, math.lcm(len(scales), cuts) // len(scales), axis=0)
+def _unquantised(param: Param, dtype: np.dtype) -> np.dtype:
+    """Type of a weight that is not stored as int8."""
+    return dtype if (param.module, param.name) == ("embedding", "w") else np.dtype(np.float32)
+
+
+def _groups(stored: int, rows: str, config: GrokConfig, mesh: Mesh | AbstractMesh | None) -> int:
+    """Scale groups of a placed matrix: those stored, repeated so that each part of its rows has groups of its own."""
+    return math.lcm(stored, parts((rows,), [config.dims[rows[0]]], mesh))
 
 
 def described(param: Param, config: GrokConfig, dtype: np.dtype, form: Form, mesh: Mesh | AbstractMesh | None):
@@ -115,13 +121,12 @@ def described(param: Param, config: GrokConfig, dtype: np.dtype, form: Form, mes
 
     shape, dims = param.shape(config), param.dims
     if param.groups is None:
-        return leaf(shape, dtype if (param.module, param.name) == ("embedding", "w") else np.float32, dims)
+        return leaf(shape, _unquantised(param, dtype), dims)
     (rows, columns), of_matrix = shape[-2:], dims[-2:]
     if form == "expanded":
         matrix: Any = leaf((rows, columns), dtype, of_matrix)
     else:
-        cuts = parts(of_matrix[:1], [config.dims[of_matrix[0][0]]], mesh)
-        groups = math.lcm(math.gcd(param.groups, rows), cuts)
+        groups = _groups(math.gcd(param.groups, rows), of_matrix[0], config, mesh)
         scales = leaf((groups, columns), ml_dtypes.bfloat16, of_matrix)
         matrix = QuantizedWeight(leaf((rows, columns), np.int8, of_matrix), scales)
     return ExpertList((matrix,) * config.num_experts) if dims[0] == "E" else matrix
@@ -211,17 +216,17 @@ class Streamed:
         for slot in slots(reader.config):
             self._slots.setdefault(slot.layer, []).append(slot)
         sizes = stored_bytes(reader.config, reader.dtype, reader.form)
-        spare = memory - sizes.ends - 2 * sizes.attention - 2 * sizes.expert
+        spare = memory - sizes.least
         if spare < 0:
             raise MemoryError(
                 f"memory={memory}: streaming this model takes {memory - spare} bytes at least: embedding, two layers "
                 "without their experts, and two experts"
             )
-        num_layers = reader.config.num_layers
+        num_layers, num_experts = reader.config.num_layers, reader.config.num_experts
         self._attention_kept = min(num_layers, spare // sizes.attention)
         spare -= self._attention_kept * sizes.attention
         each, more = divmod(spare // sizes.expert, num_layers)
-        self._experts_kept = [min(each + (i < more), reader.config.num_experts) for i in range(num_layers)]
+        self._experts_kept = [min(each + (i < more), num_experts) for i in range(num_layers)]
         self._attention: dict[int, Params] = {}
         self._experts = [OrderedDict[int, dict[str, Weight]]() for _ in range(num_layers)]
         self._reading: dict[tuple[int, int | None], Future] = {}
@@ -236,16 +241,18 @@ class Streamed:
     def mesh(self) -> Mesh | None:
         return self.reader.mesh
 
+    def _kept(self) -> list[jax.Array]:
+        own = [list(of_layer.values()) for of_layer in self._experts]
+        return jax.tree.leaves((self.ends, list(self._attention.values()), own))
+
     @property
     def nbytes(self) -> int:
         """On the devices between two passes."""
-        kept = (self.ends, list(self._attention.values()), [list(own.values()) for own in self._experts])
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
+        return sum(leaf.nbytes for leaf in self._kept())
 
     def delete(self) -> None:
         self._thread.shutdown(cancel_futures=True)
-        kept = (self.ends, list(self._attention.values()), [list(own.values()) for own in self._experts])
-        for leaf in jax.tree.leaves(kept):
+        for leaf in self._kept():
             leaf.delete()
 
     def attention(self, layer: int) -> Params:
@@ -257,18 +264,16 @@ class Streamed:
 
         Each is to be done with before the next is asked for. Those that are resident come first, together.
         """
-        own = self._experts[layer]
-        todo = sorted(set(chosen) - set(own))
-        following = (layer + 1) % self.reader.config.num_layers
+        own, config = self._experts[layer], self.reader.config
+        todo, resident = sorted(set(chosen) - set(own)), sorted(set(chosen) & set(own))
+        following = (layer + 1) % config.num_layers
         ahead = [(layer, e) for e in todo] + [(following, None)]
-        if len(set(chosen)) == self.reader.config.num_experts:
-            ahead += [
-                (following, e) for e in range(self.reader.config.num_experts) if e not in self._experts[following]
-            ][:1]
+        if len(set(chosen)) == config.num_experts:
+            ahead += [(following, e) for e in range(config.num_experts) if e not in self._experts[following]][:1]
         self._read(ahead[0])
-        for expert in sorted(set(chosen) & set(own)):
+        for expert in resident:
             own.move_to_end(expert)
-        if resident := sorted(set(chosen) & set(own)):
+        if resident:
             yield resident, self._params({e: own[e] for e in resident})
         for number, expert in enumerate(todo, 1):
             weights = self._taken(layer, expert)
@@ -330,6 +335,15 @@ class Sizes(NamedTuple):
     ends: int
     attention: int  # of a layer, with its norms and router
     expert: int
+
+    def whole(self, config: GrokConfig) -> int:
+        """Of all weights."""
+        return self.ends + config.num_layers * (self.attention + config.num_experts * self.expert)
+
+    @property
+    def least(self) -> int:
+        """To stream with: the embedding, two layers without their experts, and two experts."""
+        return self.ends + 2 * self.attention + 2 * self.expert
 
 
 def stored_bytes(config: GrokConfig, dtype: np.dtype, form: Form, mesh: Mesh | AbstractMesh | None = None) -> Sizes:

@@ -61,6 +61,10 @@ def on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
+def on_one_device() -> bool:
+    return axis_size("data") * axis_size("model") == 1
+
+
 def axis_size(axis: str) -> int:
     """Length of an axis of the mesh in force; 1 without one."""
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
@@ -75,21 +79,21 @@ def spec(dims: Sequence[str], sizes: Sequence[int], lengths: dict[str, int] | No
 
 def constrain(x: jax.Array, dims: Sequence[str]) -> jax.Array:
     """x, laid out by the table."""
-    if not axis_size("data") * axis_size("model") > 1:
+    if on_one_device():
         return x
     return jax.lax.with_sharding_constraint(x, spec(dims, x.shape))
 
 
 def whole(x: jax.Array) -> jax.Array:
     """x, whole on every device."""
-    if not axis_size("data") * axis_size("model") > 1:
+    if on_one_device():
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def per_shard(fn: Callable, in_specs, out_specs) -> Callable:
     """fn as every device runs it on its own part of the arguments; fn itself on one device."""
-    if not axis_size("data") * axis_size("model") > 1:
+    if on_one_device():
         return fn
     return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 

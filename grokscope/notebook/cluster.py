@@ -11,7 +11,7 @@ import pickle
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cloudpickle
 import ipyparallel
@@ -23,12 +23,9 @@ from jax.sharding import AbstractMesh
 from grokscope import look
 from grokscope.checkpoint.ckpt0 import open_checkpoint
 from grokscope.run import worker
-from grokscope.run.decode import Job, Run, deferred_interrupt
+from grokscope.run.decode import Job, deferred_interrupt
 from grokscope.run.engine import Call, Grok, TokenEvent, bundled_checkpoint, open_tokenizer
 from grokscope.run.worker import Loaded, Request, Turn
-
-if TYPE_CHECKING:
-    pass
 
 POLL = 0.02  # seconds between two looks at the engines
 GRACE = 10.0  # seconds that engines may lag behind one that has failed
@@ -83,50 +80,46 @@ class Cluster(Grok):
         self._arguments = arguments | {"path": str(checkpoint.directory.resolve())}
         self._options, self._environment, self._timeout = options, environment, timeout
         self._ipp: ipyparallel.Cluster | None = None
+        self._client: Any = None  # ipyparallel.Client, while there are engines
         self._lost: str | None = "the engines have not been started"
-        self._start()
-        try:
-            self._loaded: Loaded = self._join()
-        except BaseException:
-            self._stop()
-            raise
+        self._loaded = self._start()
         self._device = self._loaded.device
         data, model = map(int, self._loaded.mesh.split("x"))
         self._describe(
             checkpoint,
             open_tokenizer(checkpoint, arguments["tokenizer"]),
             self._loaded.numerics,
-            "streamed" if arguments["weights"] == "streamed" else "resident",
+            self._loaded.form,
             AbstractMesh((data, model), ("data", "model")),
         )
 
     # Engines
 
-    def _start(self) -> None:
+    def _start(self) -> Loaded:
+        """Engines, joined, with the model on them; if that fails they are stopped again."""
         engines = self._options["engines"]
-        if isinstance(engines, ipyparallel.Client):
-            self._client = engines
-        else:
-            options = {"controller_ip": "127.0.0.1"} if engines == "local" else {}
-            self._ipp = ipyparallel.Cluster(log_level=40, engine_timeout=int(self._timeout), **options | self._options)
-            self._client = self._ipp.start_and_connect_sync(activate=False)
-            self._await_engines()
-        self._engines = list(self._client.ids)
+        try:
+            if isinstance(engines, ipyparallel.Client):
+                self._client = engines
+            else:
+                options = {"controller_ip": "127.0.0.1"} if engines == "local" else {}
+                options |= {"log_level": 40, "engine_timeout": int(self._timeout), **self._options}
+                self._ipp = ipyparallel.Cluster(**options)
+                self._client = self._ipp.start_and_connect_sync(activate=False)
+            self._engines = list(self._client.ids)
+            loaded = self._join()
+        except TimeoutError as err:
+            self._stop()
+            raise ClusterError(f"the engines did not come within {self._timeout:.0f} s: {err}") from err
+        except BaseException:
+            self._stop()
+            raise
         self._lost = None
+        return loaded
 
-    def _await_engines(self) -> None:
-        end = time.monotonic() + self._timeout
-        while len(self._client.ids) < self._options["n"]:
-            if time.monotonic() > end:
-                found = len(self._client.ids)
-                self._stop()
-                raise ClusterError(f"{found} of {self._options['n']} engines came within {self._timeout:.0f} s")
-            time.sleep(POLL)
-
-    def _join(self):
-        set_variables = (
-            f"import os; os.environ.update({self._environment!r})"  # ipyparallel.Cluster takes, but drops them
-        )
+    def _join(self) -> Loaded:
+        # Set here because ipyparallel.Cluster takes `environment` and drops it.
+        set_variables = f"import os; os.environ.update({self._environment!r})"
         for engine in self._engines:
             self._client[engine].execute(set_variables).get(timeout=self._timeout)
         here = isinstance(self._options["engines"], str) and self._options["engines"] == "local"
@@ -180,17 +173,19 @@ class Cluster(Grok):
                 for launcher in getattr(engine_set, "launchers", {0: engine_set}).values():
                     with contextlib.suppress(psutil.NoSuchProcess):
                         launcher.signal(9)
-            self._client.close()
             self._ipp.stop_cluster_sync()
             self._ipp = None
+            if self._client is not None:
+                self._client.close()
+                self._client = None
 
     def restart(self) -> None:
         """Starts engines anew and loads the model again; what ran is lost. Raises as `cluster` does."""
-        if self._ipp is None:
+        if isinstance(self._options["engines"], ipyparallel.Client):
             raise ClusterError("these engines were started elsewhere; start them again there, and call cluster anew")
-        self._stop()
-        self._start()
-        self._join()
+        with self._alone():
+            self._stop()
+            self._loaded = self._start()
 
     def close(self) -> None:
         """Stops the engines that were started for it."""
@@ -211,8 +206,8 @@ class Cluster(Grok):
         }
 
 
-class RemoteRun(Run):
-    """A run on the engines, with what Grok reads of a Run."""
+class RemoteRun:
+    """A run on the engines."""
 
     def __init__(self, cluster: Cluster, call: Call, todo: list[Job] | None):
         self.cluster, self.call, self.hooks = cluster, call, call.hooks

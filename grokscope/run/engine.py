@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -73,6 +74,17 @@ class Loss:
     bits_per_byte: float
     num_tokens: int
     num_bytes: int
+
+
+class Running(Protocol):
+    """What becomes of a call: a Run here, or one on the engines of a cluster. As in Run."""
+
+    num_slots: int
+    cache_length: int
+    hooks: Hooks
+    cut_short: bool
+
+    def results(self) -> Iterator[Job]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -530,7 +542,7 @@ class Grok:
             job.accept = functools.partial(self._accept, job, _Watch(self.tokenizer), ending)
         return job
 
-    def _run(self, call: Call, todo: list[Job] | None) -> Run:
+    def _run(self, call: Call, todo: list[Job] | None) -> Running:
         if self._weights is None:
             raise RuntimeError("this Grok was closed; load it again")
         return Run(self.config, self._weights, call.hooks, call.rows, call.jobs, call.batch_size, todo)
@@ -610,7 +622,7 @@ class Grok:
             )
         return ids.astype(np.int32)
 
-    def _trace(self, job: Job, run: Run, call: Call) -> Trace:
+    def _trace(self, job: Job, run: Running, call: Call) -> Trace:
         tokens = np.array(job.tokens, np.int32)
         n = len(job.prompt)
         if self.tokenizer is None:

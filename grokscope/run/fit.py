@@ -8,7 +8,9 @@ virtual devices: the CPU compiler's, which expands int8 matrices that a GPU's ne
 import dataclasses
 import functools
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 
@@ -30,8 +32,7 @@ from grokscope.run.sampling import Sampling
 from grokscope.run.staging import Hooks, Sequence
 from grokscope.run.steps import DecodeState
 
-CARDS = {24: "4090, L4", 40: "A100-40", 48: "L40S, A6000", 80: "A100-80, H100", 96: "RTX PRO", 141: "H200", 192: "B200"}
-"""GB of a card, and cards that have as many."""
+CARDS = (24, 40, 48, 80, 96, 141, 192)  # GB: L4, A100-40, L40S, H100, RTX PRO 6000, H200, B200
 
 USABLE = 0.92  # of a card: the rest is the driver's, and the allocator's gaps
 DISKS = (1, 3, 7)  # GB/s: a SATA disk or a network, an NVMe disk, a fast one
@@ -76,12 +77,11 @@ def fits(
 
     Raises ValueError for a mesh that does not fit, or a context longer than the model's; RuntimeError if the compiler
     fails.
-    """  # fmt: skip
+    """
     if not 1 < context <= config.sequence_len:
         raise ValueError(f"context={context}: expected 2 to {config.sequence_len}, what the model holds")
     for mesh in asked:
-        data, _, model = mesh.partition("x")
-        if not (data.isdecimal() and model.isdecimal() and mesh in meshes(config, int(data) * int(model))):
+        if not re.fullmatch(r"\d+x\d+", mesh) or mesh not in meshes(config, math.prod(_axes(mesh))):
             raise ValueError(f"mesh={mesh!r}: expected data x model, and a model axis that divides {config.ffn_size}")
     temporaries = _compiled_apart(config, asked, context, batch, numerics, form)
     return [
@@ -90,9 +90,8 @@ def fits(
 
 
 def _fit(config, mesh: str, temporaries: int, context: int, batch: int, capture, numerics: str, form) -> Fit:
-    devices = AbstractMesh(tuple(map(int, mesh.split("x"))), ("data", "model"))
-    sizes = stored_bytes(config, np.dtype(numerics), form, devices)
-    weights = sizes.ends + config.num_layers * (sizes.attention + config.num_experts * sizes.expert)
+    devices = AbstractMesh(_axes(mesh), ("data", "model"))
+    weights = stored_bytes(config, np.dtype(numerics), form, devices).whole(config)
     sequences = [Sequence(context - 1, 1)] * batch
     slots, length = shapes(sequences, batch, devices)
     heads = (config.num_kv_heads, config.key_size)
@@ -100,20 +99,23 @@ def _fit(config, mesh: str, temporaries: int, context: int, batch: int, capture,
         jax.ShapeDtypeStruct((*rows, *heads), np.dtype(numerics), sharding=placed(devices, "BSGC", (*rows, *heads)))
         for rows in ((slots, length), (1, cache_length(context)))
     ]
-    stream = (
-        2 * sum(block_lengths(context)) * config.emb_size * np.dtype(numerics).itemsize
-    )  # before a layer and behind
+    stream = 2 * sum(block_lengths(context)) * config.emb_size * np.dtype(numerics).itemsize  # into a layer, and out
     hooks = Hooks(config, captures.resolve(capture, config), (), sequences)
     of_captures = priced(hooks, batch, numerics, devices).total["device"]
     cache = 2 * config.num_layers * device_bytes(caches)
     return Fit(mesh, weights, cache, temporaries + stream, of_captures)
 
 
+def _axes(mesh: str) -> tuple[int, int]:
+    data, model = map(int, mesh.split("x"))
+    return data, model
+
+
 # In a process of its own
 
 
 def _compiled_apart(config: GrokConfig, asked: list[str], context: int, batch: int, numerics: str, form) -> list[int]:
-    most = max(int(mesh.split("x")[0]) * int(mesh.split("x")[1]) for mesh in asked)
+    most = max(math.prod(_axes(mesh)) for mesh in asked)
     request = json.dumps([dataclasses.asdict(config), asked, context, batch, numerics, form])
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(most)}
     done = subprocess.run(
@@ -136,8 +138,8 @@ def temporaries(config: GrokConfig, mesh: str, context: int, batch: int, numeric
             found.setdefault(param.module, {})[param.name] = described(param, config, dtype, form, devices)
         return found
 
-    def array(dims: str, shape: tuple[int, ...], kind=dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, kind, sharding=placed(devices, dims, shape))
+    def array(dims: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed(devices, dims, shape))
 
     def cache(rows: int, positions: int) -> KVCache:
         one = array("BSGC", (rows, positions, config.num_kv_heads, config.key_size))
@@ -147,14 +149,11 @@ def temporaries(config: GrokConfig, mesh: str, context: int, batch: int, numeric
     whole = NamedSharding(devices, PartitionSpec())
     as_whole = functools.partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole))
     state = as_whole(jax.eval_shape(lambda: DecodeState.idle(slots)))
-    rows = as_whole(Sampling.rows(slots, config.vocab_size, temperature=0.0, top_p=1.0, top_k=None, seed=0))
+    greedy = Sampling.rows(slots, config.vocab_size, temperature=0.0, top_p=1.0, top_k=None, seed=0)
+    method, rows = greedy.method(config.vocab_size), as_whole(greedy)
     at = (np.zeros(1, np.int32), np.zeros((1, block), np.int32), np.ones((1, block), bool), {}, Given())
     x, step = array("BTD", (1, block, config.emb_size)), array("BTD", (slots, 1, config.emb_size))
-    layer, ends, method = (
-        params(LAYER_PARAMS),
-        params(GLOBAL_PARAMS),
-        Sampling.rows(1, config.vocab_size, temperature=0.0, top_p=1.0, top_k=None, seed=0).method(config.vocab_size),
-    )
+    layer, ends = params(LAYER_PARAMS), params(GLOBAL_PARAMS)
     with on(devices):
         compiled = [
             steps.layer.lower(config, PLAIN, layer, x, cache(1, cache_length(context)), *at),
@@ -180,9 +179,8 @@ def table(
         note = "  (the CPU compiler's, of one layer or the head; and the stream)" if name == "temporaries" else ""
         lines.append(f"  {name:12}{look.si(getattr(one, name), 'B'):>10}{note}")
     lines += [f"  cards of {_sizes(one)}", "", f"{'devices':>7} {'mesh':>6} {'each':>10}  cards that hold it"]
-    for fit in sorted([one, *others], key=lambda f: (np.prod([int(n) for n in f.mesh.split("x")]), f.mesh)):
-        devices = np.prod([int(n) for n in fit.mesh.split("x")])
-        lines.append(f"{devices:7} {fit.mesh:>6} {look.si(fit.total, 'B'):>10}  {_sizes(fit)}")
+    for fit in sorted([one, *others], key=lambda f: (math.prod(_axes(f.mesh)), f.mesh)):
+        lines.append(f"{math.prod(_axes(fit.mesh)):7} {fit.mesh:>6} {look.si(fit.total, 'B'):>10}  {_sizes(fit)}")
     return "\n".join([*lines, "", *_streamed(config, numerics, form)])
 
 
@@ -193,19 +191,17 @@ def _sizes(fit: Fit) -> str:
 def _streamed(config: GrokConfig, numerics: str, form) -> list[str]:
     own = stored_bytes(config, np.dtype(numerics), form)
     disk = stored_bytes(config, np.dtype(np.float32), "int8")
-    layer = disk.attention + config.num_experts * disk.expert
-    read = config.num_layers * layer
+    read = disk.whole(config) - disk.ends
     token = config.num_layers * (disk.attention + config.num_selected_experts * disk.expert)
-    least = own.ends + 2 * own.attention + 2 * own.expert
 
     def at_speeds(count: int) -> str:
         return ", ".join(f"{count / speed / 1e9:,.1f} s at {speed} GB/s" for speed in DISKS)
 
     return [
-        f'streamed (weights="streamed"): {look.si(least, "B")} for weights at least; a pass over many prompts reads '
-        f"{look.si(read, 'B')}:",
-        f"  {at_speeds(read)}; each token made after it {look.si(token, 'B')}: {at_speeds(token)}",
-        "  (reading alone; on a CPU computing may take longer)",
+        f'streamed (weights="streamed"): {look.si(own.least, "B")} for weights at least',
+        f"a pass over many prompts reads {look.si(read, 'B')}: {at_speeds(read)}",
+        f"each token made after it {look.si(token, 'B')}: {at_speeds(token)}",
+        "(reading alone; on a CPU computing may take longer)",
     ]
 
 

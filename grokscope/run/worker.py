@@ -118,10 +118,11 @@ def join(coordinator: str, num_processes: int, process: int, arguments: dict) ->
 
 
 class Loaded(NamedTuple):
-    """The model on the engines: mesh "DxM", bytes of all its weights, numerics, kind of device."""
+    """The model on the engines: mesh "DxM", bytes and form of all its weights, numerics, kind of device."""
 
     mesh: str
     nbytes: int
+    form: str
     numerics: str
     device: str
 
@@ -130,9 +131,11 @@ def _load(arguments: dict) -> Loaded:
     global _worker
     arguments = arguments | {"mesh": arguments["mesh"] or f"1x{len(jax.devices())}"}
     grok = engine.load(**arguments)
-    assert grok._weights is not None
+    weights = grok._weights
+    assert weights is not None
     _worker = _Worker(grok)
-    return Loaded(sharding.name(grok._mesh), grok._weights.nbytes, grok.numerics, jax.devices()[0].device_kind)
+    device = jax.devices()[0].device_kind
+    return Loaded(sharding.name(weights.mesh), weights.nbytes, weights.form, grok.numerics, device)
 
 
 def call(method: str, arguments: bytes) -> bytes | None:

@@ -142,15 +142,7 @@ class Explore(Page):
         def on_token(event: TokenEvent) -> None:
             nonlocal sent, begun
             if event.position == prompt_length:
-                experts, gates, logits = (event.glimpse(name, True) for name in ROUTING)
-                start = max(0, len(ids) - WINDOW)
-                begin = {
-                    "run": run.id, "name": run.name, "prompt_length": len(ids), "total": len(ids) + o["max"],
-                    "ids": ids.tolist(), "pieces": [self._piece(i) for i in ids], "logprobs": [0.0] * len(ids),
-                    "max": o["max"], "start": start,
-                }  # fmt: skip
-                buffers = [experts_bytes(experts), raw(pairs(gates[:, start:])), raw(logits[:, start:])]
-                self.send({"kind": "begin", **begin}, buffers)
+                self._begin(run, ids, event)
                 begun = sent = time.perf_counter()
             token = {"piece": self._piece(event.id), "id": event.id, "logprob": event.logprob}
             waiting.append((token, *(event.glimpse(name, False) for name in ROUTING)))
@@ -180,6 +172,17 @@ class Explore(Page):
         self._show(run, trace, known=True)
         self._redrawing = threading.Thread(target=self._redraw, daemon=True)
         self._redrawing.start()
+
+    def _begin(self, run: Run, ids: np.ndarray, event: TokenEvent) -> None:
+        """The prompt and its routing, at the first token after it."""
+        experts, gates, logits = (event.glimpse(name, True) for name in ROUTING)
+        start, limit = max(0, len(ids) - WINDOW), run.options["max"]
+        message = {
+            "kind": "begin", "run": run.id, "name": run.name, "prompt_length": len(ids), "total": len(ids) + limit,
+            "ids": ids.tolist(), "pieces": [self._piece(i) for i in ids], "logprobs": [0.0] * len(ids), "max": limit,
+            "start": start,
+        }  # fmt: skip
+        self.send(message, [experts_bytes(experts), raw(pairs(gates[:, start:])), raw(logits[:, start:])])
 
     def _redraw(self) -> None:
         """In a thread of its own, so that the next run need not wait."""

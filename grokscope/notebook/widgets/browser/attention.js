@@ -20,24 +20,10 @@ function drawSheet() {
       M = maps ? maps[i] : null;
     g.fillStyle = rgb(seq(0));
     g.fillRect(x, y, tw, tw);
-    const oc = document.createElement("canvas");
-    oc.width = oc.height = tw;
-    const o = oc.getContext("2d"),
-      im = o.createImageData(tw, tw);
-    for (let r = 0; r < tw; r++)
-      for (let c = 0; c < tw; c++) {
-        const n = maps ? maps.n : 1,
-          q = Math.floor((r * n) / tw),
-          k = Math.floor((c * n) / tw),
-          co = !M || c > r ? K.bg : seq(0.03 + 0.97 * M[q * n + k]),
-          p = (r * tw + c) * 4;
-        im.data[p] = co[0];
-        im.data[p + 1] = co[1];
-        im.data[p + 2] = co[2];
-        im.data[p + 3] = 255;
-      }
-    o.putImageData(im, 0, 0);
-    g.drawImage(oc, x, y, tw, tw);
+    const n = maps ? maps.n : 1,
+      cell = (i) => Math.floor((i * n) / tw),
+      color = (r, c) => (!M || c > r ? K.bg : seq(0.03 + 0.97 * M[cell(r) * n + cell(c)]));
+    g.drawImage(pixels(tw, color), x, y, tw, tw);
     g.strokeStyle = K.line;
     g.lineWidth = 1;
     g.beginPath();
@@ -76,22 +62,9 @@ function drawHead() {
     k = n / WN;
   G.head = { gut, top, k, n };
   cv.setAttribute("aria-label", `Attention of head ${S.l}.${S.h}, reading position by read position`);
-  const oc = document.createElement("canvas");
-  oc.width = oc.height = WN;
-  const o = oc.getContext("2d"),
-    im = o.createImageData(WN, WN);
-  for (let q = 0; q < WN; q++)
-    for (let j = 0; j < WN; j++) {
-      const co = j > q || q >= found.n ? K.bg : seq(0.03 + 0.97 * Math.sqrt(found.M[q * found.n + j])),
-        p = (q * WN + j) * 4;
-      im.data[p] = co[0];
-      im.data[p + 1] = co[1];
-      im.data[p + 2] = co[2];
-      im.data[p + 3] = 255;
-    }
-  o.putImageData(im, 0, 0);
+  const color = (q, j) => (j > q || q >= found.n ? K.bg : seq(0.03 + 0.97 * Math.sqrt(found.M[q * found.n + j])));
   g.imageSmoothingEnabled = false;
-  g.drawImage(oc, gut, top, n, n);
+  g.drawImage(pixels(WN, color), gut, top, n, n);
   g.strokeStyle = K.edge;
   g.lineWidth = 1;
   g.beginPath();

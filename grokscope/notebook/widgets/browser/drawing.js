@@ -87,3 +87,13 @@ function frameRect(g, x, y, w, h) {
   g.strokeStyle = K.sel;
   g.strokeRect(x, y, w, h);
 }
+// A canvas of n by n pixels, each of color(row, column).
+function pixels(n, color) {
+  const canvas = document.createElement("canvas");
+  canvas.width = canvas.height = n;
+  const drawn = canvas.getContext("2d"),
+    image = drawn.createImageData(n, n);
+  for (let r = 0; r < n; r++) for (let c = 0; c < n; c++) image.data.set([...color(r, c), 255], (r * n + c) * 4);
+  drawn.putImageData(image, 0, 0);
+  return canvas;
+}
