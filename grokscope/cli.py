@@ -288,6 +288,8 @@ def plan(
     if model is not None:
         from grokscope.run.fit import table
 
+        if model != "grok-1" and not Path(model).is_file():
+            raise ValueError(f"--model {model}: expected grok-1, or the config.json of a checkpoint")
         config = gs.GROK_1 if model == "grok-1" else gs.GrokConfig.read(Path(model))
         text = table(
             config, mesh, context=context or config.sequence_len, batch=batch_size, capture=_captures(capture),

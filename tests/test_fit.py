@@ -49,3 +49,6 @@ def test_what_cannot_be_planned_says_why():
         fits(gs.GROK_1, ["eight"], context=100, batch=1)
     with pytest.raises(ValueError, match="2 to 8192"):
         fits(gs.GROK_1, ["1x8"], context=9000, batch=1)
+    for wrong in ({"numerics": "float16"}, {"form": "streamed"}):
+        with pytest.raises(ValueError, match="expected float32 or bfloat16, and int8 or expanded"):
+            fits(gs.GROK_1, ["1x8"], context=100, batch=1, **wrong)

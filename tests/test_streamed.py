@@ -92,7 +92,7 @@ def test_budgets_that_are_none(checkpoint, sizes):
         gs.load(checkpoint, weights="streamed", memory=sizes.least - 1)
     with pytest.raises(ValueError, match="streamed"):
         gs.load(checkpoint, memory="20GB")
-    with pytest.raises(ValueError, match="bytes"):
+    with pytest.raises(ValueError, match="memory='much'"):
         gs.load(checkpoint, weights="streamed", memory="much")
 
 
@@ -106,3 +106,23 @@ def test_a_file_that_goes_missing_says_so_and_the_model_goes_on(tmp_path):
         grok.trace([7, 8])
     (tmp_path / "away").rename(lost)
     equal(grok.trace([7, 8]), wanted)
+
+
+def test_a_plan_tells_what_is_read(checkpoint, sizes):
+    """Exactly, but for what is read ahead, where all experts are needed and none kept; else at most."""
+    streamed = gs.load(checkpoint, weights="streamed", memory=sizes.least)
+    long = [np.arange(200) % 90 + 5] * 3
+    before = streamed._weights.bytes_read
+    planned = streamed.plan(long).read
+    streamed.trace(long)
+    ahead = streamed._weights._file_bytes(0, experts=False) + streamed._weights._file_bytes(0, experts=True) // 8
+    assert planned <= streamed._weights.bytes_read - before <= planned + ahead
+    before = streamed._weights.bytes_read
+    planned = streamed.plan(PROMPTS, 6, batch_size=3).read
+    streamed.generate(PROMPTS, 6, batch_size=3)
+    assert streamed._weights.bytes_read - before <= planned + ahead
+    assert "GB/s" in repr(streamed.plan(long))
+    whole = gs.load(checkpoint, weights="streamed")
+    whole.trace(long)
+    assert whole.plan(long).read == 0
+    assert gs.load(checkpoint).plan(long).read == 0

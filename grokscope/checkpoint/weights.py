@@ -281,6 +281,28 @@ class Streamed:
                 self._read(key)
             yield [expert], self._params({expert: weights})
 
+    def bytes_to_read(self, passes: Iterable[int]) -> int:
+        """From disk, for passes of so many tokens each, at most; nothing that is resident is read again.
+
+        Exact where every expert is chosen and none is kept, but for the one layer that is read ahead at the end.
+        """
+        config, total, passes = self.reader.config, 0, list(passes)
+        for layer in range(config.num_layers):
+            attention = self._file_bytes(layer, experts=False)
+            expert = self._file_bytes(layer, experts=True) // config.num_experts
+            total += attention * (
+                layer not in self._attention and (len(passes) if layer >= self._attention_kept else 1)
+            )
+            if self._experts_kept[layer] == config.num_experts:
+                total += expert * (config.num_experts - len(self._experts[layer]))
+            else:
+                total += expert * sum(min(config.num_experts, n * config.num_selected_experts) for n in passes)
+        return total
+
+    def _file_bytes(self, layer: int | None, experts: bool) -> int:
+        own = [slot for slot in self._slots[layer] if (slot.param.module == EXPERTS) == experts]
+        return sum((self.reader.checkpoint.tensors / slot.file).stat().st_size for slot in own)
+
     def _params(self, found: dict[int, dict[str, Weight]]) -> Params:
         """Experts that were not asked for are stood in for by one that was: no token of theirs runs."""
         any_one = next(iter(found.values()))
@@ -316,16 +338,13 @@ class Streamed:
         for slot in self._slots[layer]:
             if slot.param.module != EXPERTS:
                 params.setdefault(slot.param.module, {})[slot.param.name] = self.reader.weight(slot)
-                self.bytes_read += (self.reader.checkpoint.tensors / slot.file).stat().st_size
+        self.bytes_read += self._file_bytes(layer, experts=False)
         return jax.block_until_ready(params)
 
     def _expert(self, layer: int, number: int) -> dict[str, Weight]:
         own = [slot for slot in self._slots[layer] if slot.param.module == EXPERTS]
-        self.bytes_read += sum(
-            (self.reader.checkpoint.tensors / slot.file).stat().st_size // self.reader.config.num_experts
-            for slot in own
-        )
         found = self.reader.expert(own, number)
+        self.bytes_read += self._file_bytes(layer, experts=True) // self.reader.config.num_experts
         return jax.block_until_ready({slot.param.name: w for slot, w in zip(own, found, strict=True)})
 
 

@@ -511,6 +511,19 @@ def shapes(lengths: list[tuple[int, int]], batch_size: int, mesh: Mesh | Abstrac
     return slots, max((cache_length(length + limit) for length, limit in decoding), default=0)
 
 
+def tokens_of_passes(lengths: list[tuple[int, int]], batch_size: int, mesh: Mesh | AbstractMesh | None) -> list[int]:
+    """Tokens of each pass that reads streamed layers, where prompts of these lengths make all their limits allow."""
+    slots, _ = shapes(lengths, batch_size, mesh)
+    groups, waiting = [], deque(lengths)
+    while waiting:
+        group = [waiting.popleft()]
+        while waiting and len(group) != slots and sum(n for n, _ in (*group, waiting[0])) <= TOGETHER:
+            group.append(waiting.popleft())
+        groups.append(group)
+    steps = sum(max(limit for _, limit in group) for group in groups)
+    return [sum(n for n, _ in group) for group in groups] + [slots] * steps
+
+
 def _split(staged, captured: dict, into: list) -> dict:
     """The pools among what a stage captured; the rest goes `into` a list of (kind, key, value)."""
     pools = {}

@@ -28,7 +28,7 @@ from grokscope.model.sharding import make_mesh
 from grokscope.run import captures, edits
 from grokscope.run.captures import Wish
 from grokscope.run.compiled import keep_compiled
-from grokscope.run.decode import BATCH_SIZE, Job, Run
+from grokscope.run.decode import BATCH_SIZE, Job, Run, tokens_of_passes
 from grokscope.run.dump import Dump, Writer
 from grokscope.run.plan import Plan, as_bytes, priced, refuse_over
 from grokscope.run.processes import from_first, is_first, wait_for_all
@@ -164,7 +164,7 @@ def load(
     dtype, devices = jax.numpy.dtype(numerics), mesh and make_mesh(mesh, checkpoint.config)
     if weights == "streamed":
         form = "expanded" if jax.default_backend() == "cpu" else "int8"
-        budget = streaming_memory(devices) if memory is None else as_bytes(memory)
+        budget = streaming_memory(devices) if memory is None else as_bytes(memory, "memory")
         loaded = Streamed(Reader(checkpoint, dtype, form, devices), budget)
     else:
         reader = Reader(checkpoint, dtype, weights or default_form(checkpoint.config, dtype), devices)
@@ -323,7 +323,11 @@ class Grok:
             ]
         kept = captures.resolve(capture, self.config)
         hooks = Hooks(self.config, kept, (), [Length(len(p), max_new_tokens) for p in prompts])
-        return priced(hooks, batch_size, self.numerics, self._mesh)
+        plan = priced(hooks, batch_size, self.numerics, self._mesh)
+        if isinstance(self._weights, Streamed):
+            passes = tokens_of_passes([tuple(s) for s in hooks.sequences], batch_size, self._mesh)
+            plan = dataclasses.replace(plan, read=self._weights.bytes_to_read(passes))
+        return plan
 
     def dump(
         self,

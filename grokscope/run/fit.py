@@ -27,7 +27,7 @@ from grokscope.model.transformer import KVCache
 from grokscope.run import captures, steps
 from grokscope.run.decode import BLOCKS, block_lengths, cache_length, shapes
 from grokscope.run.hooks import PLAIN, Given
-from grokscope.run.plan import priced
+from grokscope.run.plan import DISKS, priced
 from grokscope.run.sampling import Sampling
 from grokscope.run.staging import Hooks, Sequence
 from grokscope.run.steps import DecodeState
@@ -35,7 +35,6 @@ from grokscope.run.steps import DecodeState
 CARDS = (24, 40, 48, 80, 96, 141, 192)  # GB: L4, A100-40, L40S, H100, RTX PRO 6000, H200, B200
 
 USABLE = 0.92  # of a card: the rest is the driver's, and the allocator's gaps
-DISKS = (1, 3, 7)  # GB/s: a SATA disk or a network, an NVMe disk, a fast one
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -78,6 +77,11 @@ def fits(
     Raises ValueError for a mesh that does not fit, or a context longer than the model's; RuntimeError if the compiler
     fails.
     """
+    if numerics not in ("float32", "bfloat16") or form not in ("int8", "expanded"):
+        raise ValueError(
+            f"numerics={numerics!r}, weights={form!r}: expected float32 or bfloat16, and int8 or expanded; what "
+            "streaming takes stands below either"
+        )
     if not 1 < context <= config.sequence_len:
         raise ValueError(f"context={context}: expected 2 to {config.sequence_len}, what the model holds")
     for mesh in asked:

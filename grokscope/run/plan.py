@@ -21,6 +21,8 @@ from grokscope.run.decode import block_lengths, cache_length, shapes
 from grokscope.run.staging import Hooks
 from grokscope.run.steps import COLUMNS
 
+DISKS = (1, 3, 7)  # GB/s: a SATA disk or a network, an NVMe disk, a fast one
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -29,11 +31,13 @@ class Plan:
     Attributes:
       rows: {capture: {"device": bytes, "host": bytes, "disk": bytes}}.
       prompts, tokens: how many, generated ones included.
+      read: bytes that streamed weights read from disk at most.
     """
 
     rows: dict[str, dict[str, int]]
     prompts: int
     tokens: int
+    read: int = 0
 
     @property
     def total(self) -> dict[str, int]:
@@ -47,12 +51,20 @@ class Plan:
         head = f"{self.prompts} prompts, {self.tokens} tokens"
         lines = [(head, "device", "host", "disk"), *self._table()]
         width = max(len(line[0]) for line in lines)
-        return "\n".join(f"{name:{width}}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in lines)
+        rows = [f"{name:{width}}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in lines]
+        return "\n".join([*rows, *self._reading()])
+
+    def _reading(self) -> list[str]:
+        if not self.read:
+            return []
+        times = ", ".join(f"{self.read / speed / 1e9:,.3g} s at {speed} GB/s" for speed in DISKS)
+        return [f"weights read from disk: {look.si(self.read, 'B')} at most ({times})"]
 
     def _repr_html_(self) -> str:
         body = "".join(f"<tr><td>{'</td><td>'.join(line)}</td></tr>" for line in self._table())
         head = f"<th>{self.prompts} prompts, {self.tokens} tokens</th><th>device</th><th>host</th><th>disk</th>"
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        read = "".join(f"<p>{line}</p>" for line in self._reading())
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{read}"
 
 
 def priced(hooks: Hooks, batch_size: int, dtype, mesh: Mesh | AbstractMesh | None = None) -> Plan:
@@ -110,11 +122,11 @@ def _nbytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def as_bytes(budget: int | str) -> int:
+def as_bytes(budget: int | str, name: str = "budget") -> int:
     """Bytes of 2000000, "2GB" or "500 MB" (decimal). Raises ValueError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kMGT]?)B?\s*", str(budget))
     if isinstance(budget, bool) or not found:
-        raise ValueError(f'budget={budget!r}: expected bytes, or a text like "2GB" or "500 MB"')
+        raise ValueError(f'{name}={budget!r}: expected bytes, or a text like "2GB" or "500 MB"')
     return int(float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[found[2]])
 
 
