@@ -98,6 +98,7 @@ def test_a_run_learns_and_writes_the_released_format(data, tmp_path):
     assert gs.verify(more).ok
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_exactly(data, tmp_path):
     recipe = dataclasses.replace(RECIPE, steps=14)
     whole = train.train(data, tmp_path / "whole", recipe, start=CONFIG)
