@@ -319,6 +319,7 @@ def test_ablations_name_what_was_planted(made, method):
     assert layers.effect.drop(planted.IDLE_LAYER).min() > 1
 
 
+@pytest.mark.slow
 def test_ablations_equal_one_at_a_time(grok):
     """On the bundled model: every row of a sweep is the run with that edit alone; by class, they add up."""
     prompts = ["The old keeper of the lighthouse went down to the sea.", "def area(r):\n    return 3.14 * r ** 2\n"]
@@ -362,6 +363,7 @@ def test_patching_names_the_place(made, pair):
         analysis.patching(made, clean, clean, answer, other)
 
 
+@pytest.mark.slow
 def test_the_path_from_head_to_head(made, pair):
     """The previous-token head speaks to the induction head, through its keys alone."""
     clean, _, answer, other = pair

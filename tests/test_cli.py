@@ -45,6 +45,7 @@ def test_verify(tmp_path):
     assert "1 problems" in found.stdout
 
 
+@pytest.mark.slow
 def test_rehearse(tmp_path):
     found = run("rehearse", tmp_path / "r", "--layers", 2, "--width", "mini").stdout
     assert "2 layers" in found

@@ -286,6 +286,7 @@ def test_a_loss_is_of_all_or_none(grok, monkeypatch):
         grok.loss(["one", "two"])
 
 
+@pytest.mark.slow
 def test_two_models_compile_at_the_same_time(random_checkpoint, tmp_path):
     """Each thread's captures are its own."""
     other = write_random(tmp_path / "other", small_config(num_layers=2, emb_size=32))

@@ -66,6 +66,7 @@ def test_a_flat_distribution_needs_the_full_sort():
     assert 3500 < reached < 3700
 
 
+@pytest.mark.slow
 def test_a_row_without_filters_is_as_if_alone():
     """In filtered company, and without asking for the full sort."""
     logits = np.random.default_rng(0).standard_normal((2, 3000)).astype(np.float32)

@@ -76,6 +76,7 @@ def test_losses_are_those_of_the_engine(grok, tmp_path):
     np.testing.assert_allclose(share, counts, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_writes_the_released_format(data, tmp_path):
     rows = []
     done = train.train(data, tmp_path / "run", RECIPE, start=CONFIG, report=rows.append)
@@ -221,6 +222,7 @@ def test_a_run_goes_on_on_any_mesh(data, random_few, tmp_path):
         train.train(data, tmp_path / "other", dataclasses.replace(SHORT, accumulate=2), start=start)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_format_is_fine_tuned_on_a_mesh(data, random_few, tmp_path):
     """Each device holds its part from the start; no updates at all give the checkpoint back, an update another."""
     start = ckpt0.open_checkpoint(random_few)
