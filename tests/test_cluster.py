@@ -107,6 +107,13 @@ def test_four_processes(grok):
         agree(cluster.generate(PROMPTS[0], 6), grok.generate(PROMPTS[0], 6))
 
 
+def test_streamed_weights(grok):
+    with gs.cluster(n=2, mesh="2x2", weights="streamed", memory="30MB", environment=ON_CPU) as cluster:
+        one, streamed = cluster.plan(PROMPTS[0], 6), gs.load(weights="streamed", memory="30MB", mesh="2x2")
+        assert one.read == streamed.plan(PROMPTS[0], 6).read > 1_000_000
+        agree(cluster.generate(PROMPTS[0], 6), grok.generate(PROMPTS[0], 6))
+
+
 def test_a_mesh_that_does_not_fit_is_refused_from_the_engines():
     with pytest.raises(ValueError, match="these fit"):
         gs.cluster(n=2, mesh="1x3", environment=ON_CPU)

@@ -198,6 +198,11 @@ class Cluster(Grok):
     def _run(self, call: Call, todo: list[Job] | None) -> "RemoteRun":
         return RemoteRun(self, call, todo)
 
+    def _bytes_to_read(self, passes: list[int]) -> int:
+        if self._arguments["weights"] != "streamed":
+            return 0
+        return self._on_all("bytes_to_read", passes, doing="planning")
+
     def _facts(self) -> dict[str, str]:
         size = look.si(self._loaded.nbytes, "B")
         where = f"{len(self._engines)} engines, mesh {self._loaded.mesh} of {self._loaded.device}"

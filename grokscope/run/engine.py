@@ -324,10 +324,8 @@ class Grok:
         kept = captures.resolve(capture, self.config)
         hooks = Hooks(self.config, kept, (), [Length(len(p), max_new_tokens) for p in prompts])
         plan = priced(hooks, batch_size, self.numerics, self._mesh)
-        if isinstance(self._weights, Streamed):
-            passes = tokens_of_passes([tuple(s) for s in hooks.sequences], batch_size, self._mesh)
-            plan = dataclasses.replace(plan, read=self._weights.bytes_to_read(passes))
-        return plan
+        passes = tokens_of_passes([tuple(s) for s in hooks.sequences], batch_size, self._mesh)
+        return dataclasses.replace(plan, read=self._bytes_to_read(passes))
 
     def dump(
         self,
@@ -550,6 +548,9 @@ class Grok:
         if self._weights is None:
             raise RuntimeError("this Grok was closed; load it again")
         return Run(self.config, self._weights, call.hooks, call.rows, call.jobs, call.batch_size, todo)
+
+    def _bytes_to_read(self, passes: list[int]) -> int:
+        return self._weights.bytes_to_read(passes) if isinstance(self._weights, Streamed) else 0
 
     def _traces(self, call: Call, ordered: bool, todo: list[Job] | None = None) -> Iterator[Trace]:
         with self._alone():

@@ -84,6 +84,9 @@ class _Worker:
             return job.glimpse(key, of_prompt)
         return job.captures[key][:, : len(job.prompt)] if of_prompt else job.captures[key][:, -1]
 
+    def bytes_to_read(self, passes: list[int]) -> int:
+        return self.grok._bytes_to_read(passes)
+
     def end(self) -> None:
         self.run = None
 
