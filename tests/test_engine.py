@@ -7,7 +7,10 @@ import pytest
 from conftest import small_config, write_random
 
 import grokscope as gs
+from grokscope.model.transformer import KVCache
+from grokscope.run import steps
 from grokscope.run.decode import block_lengths, cache_length
+from grokscope.run.hooks import PLAIN, Given
 
 PROMPTS = [
     "The",
@@ -394,6 +397,16 @@ def test_other_shapes_generate(tmp_path):
         assert trace.taps["resid_post"].dtype.name == "bfloat16"
         assert trace["resid_post"].dtype == np.float32
         assert trace["expert_index"].shape == (3, 9, 1)
+
+
+@pytest.mark.parametrize("length", [1, 128])
+def test_int8_is_widened_one_expert_at_a_time(length):
+    with gs.load(weights="int8") as grok:
+        config, one = grok.config, 4 * 3 * grok.config.emb_size * grok.config.ffn_size
+        x, cache = np.zeros((1, length, config.emb_size), np.float32), KVCache.zeros(config, 1, 128, np.float32)
+        at = np.zeros(1, np.int32), np.zeros((1, length), np.int32), np.ones((1, length), bool)
+        lowered = steps.layer.lower(config, PLAIN, grok._weights.layers[0], x, cache, *at, {}, Given())
+        assert lowered.compile().memory_analysis().temp_size_in_bytes < 4 * one < config.num_experts * one
 
 
 def test_int8_in_bfloat16_runs_one_prompt_and_many(random_checkpoint):

@@ -182,6 +182,7 @@ def by_expert(
     for expert, own in enumerate(weights):
 
         def run(index, out, own=own, begin=groups.begins[expert]):
+            index, own = jax.lax.optimization_barrier((index, own))  # else XLA converts int8 weights before the loop
             at = begin + index * tile
             done = fn(jax.lax.dynamic_slice_in_dim(rows, at, tile), *own)
             return jax.lax.dynamic_update_slice_in_dim(out, done, at, axis=0)
