@@ -1,9 +1,9 @@
-# make demo | test | lab | notebooks | format. Each sets up what it needs in .venv first; PYTHON names the interpreter.
+# make demo | test | lab | notebooks | bench | format. Each sets up what it needs in .venv first; PYTHON names the interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo lab test notebooks format
+.PHONY: demo lab test notebooks bench format
 .DEFAULT_GOAL := demo
 
 $(VENV)/core: pyproject.toml
@@ -26,7 +26,14 @@ notebooks: $(VENV)/core  # executed, as HTML, in out/notebooks
 	$(BIN)/jupyter nbconvert --execute --to html --output-dir out/notebooks notebooks/*.ipynb
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+
+$(VENV)/bench: $(VENV)/core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]"
+	@touch $@
+
+bench: $(VENV)/bench  # half an hour on two cores
+	$(BIN)/python benchmarks/bench.py
 
 format: $(VENV)/dev
 	$(BIN)/ruff format .

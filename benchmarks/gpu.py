@@ -16,11 +16,11 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from released import released_experts
 
 from grokscope.checkpoint.weights import described
 from grokscope.config import GROK_1, GrokConfig
 from grokscope.model.params import LAYER_PARAMS
-from grokscope.model.quant import QuantizedWeight
 from grokscope.model.transformer import KVCache
 from grokscope.run import steps
 from grokscope.run.hooks import PLAIN, Given
@@ -75,24 +75,6 @@ def product_rate(n: int) -> float:
     a = jnp.ones((n, n), jnp.bfloat16)
     multiply = jax.jit(lambda a, b: a @ b)
     return 2 * n**3 / seconds(lambda: multiply(a, a))
-
-
-@jax.jit
-def released_experts(x, chosen, gates, gate, up, down):
-    """The experts as the release computes them: all of them, for all copies of all tokens, then a choice."""
-
-    def whole(w: QuantizedWeight):
-        groups = w.scales.shape[0]
-        wide = w.weight.reshape(groups, -1, w.weight.shape[-1]).astype(x.dtype) * w.scales[:, None].astype(x.dtype)
-        return wide.reshape(w.weight.shape)
-
-    copies = jnp.repeat(x, chosen.shape[-1], axis=0)  # [N * K, D]
-    out = [
-        (jax.nn.gelu(copies @ whole(g)) * (copies @ whole(u))) @ whole(d)
-        for g, u, d in zip(gate, up, down, strict=True)
-    ]
-    mine = jnp.take_along_axis(jnp.stack(out, 1), chosen.reshape(-1, 1, 1), axis=1)[:, 0]
-    return jnp.sum(mine.reshape(*chosen.shape, -1) * gates[..., None].astype(x.dtype), axis=1)
 
 
 def decode(config: GrokConfig, layers: list[dict], batch: int, length: int) -> tuple[float, float]:
@@ -152,8 +134,9 @@ def baseline(config: GrokConfig, params: dict, tokens: int) -> tuple[float, floa
     )
     live = jnp.ones(by_row[:2], bool)
     at = (jnp.zeros(len(normed), jnp.int32), jnp.zeros(by_row[:2], jnp.int32), live, {}, Given())
+    theirs = jax.jit(released_experts)
     ours = seconds(lambda: steps.experts(config, PLAIN, params, routed, *at)[0])
-    return seconds(lambda: released_experts(x, chosen, gates, *own), 3), ours
+    return seconds(lambda: theirs(x, chosen, gates, *own), 3), ours
 
 
 def main() -> None:
