@@ -269,9 +269,9 @@ def run_down(hidden: Float[Array, "M F"], chosen: Int[Array, "B T K"], pairs: Pa
 class Experts(Module):
     """Runs the chosen experts, and no others.
 
-    The (token, choice) pairs are sorted by expert. One rule serves a decode step, long prompts and training, and a row's
-    numbers do not depend on its neighbours. On a mesh each device sorts the tokens of its data shard, and runs its
-    columns of gate and up and its rows of down.
+    The (token, choice) pairs are sorted by expert. One rule serves a decode step, long prompts and training, and a
+    row's numbers do not depend on its neighbours. On a mesh each device sorts the tokens of its data shard, and runs
+    its columns of gate and up and its rows of down.
     """
 
     def __call__(
