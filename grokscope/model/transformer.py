@@ -129,16 +129,18 @@ class Attention(Module):
             groups *= copies
             k, v = (constrain(jnp.repeat(a, copies, axis=2), "BSGC") for a in (k, v))
 
-        q = q.reshape(batch, length, groups, heads // groups, channels)
-        scores = jnp.einsum("btgrc,bsgc->bgrts", q, k, precision=HIGHEST).astype(jnp.float32)
+        # The query heads of a group as more rows of one product: XLA on CPU takes 3 to 5 times as long for the einsum.
+        q = q.reshape(batch, length, groups, -1, channels).transpose(0, 2, 3, 1, 4)
+        q = q.reshape(batch, groups, -1, channels)
+        scores = jnp.matmul(q, k.transpose(0, 2, 3, 1), precision=HIGHEST).astype(jnp.float32)
         scores = scores.reshape(batch, heads, length, -1) * (self.config.attn_output_multiplier / ATTENTION_CAP)
         visible = key_positions[None, None, None, :] <= positions[:, None, :, None]  # [B, 1, T, S]
         scores = tap("attn_scores", jnp.where(visible, ATTENTION_CAP * jnp.tanh(scores), MASKED))
         pattern = tap("attn_pattern", jax.nn.softmax(scores, axis=-1)).astype(x.dtype)
 
-        pattern = pattern.reshape(batch, groups, heads // groups, length, -1)
-        z = jnp.einsum("bgrts,bsgc->btgrc", pattern, v, precision=HIGHEST)
-        z = tap("attn_z", z.reshape(batch, length, heads, channels))
+        pattern = pattern.reshape(batch, groups, -1, pattern.shape[-1])
+        z = jnp.matmul(pattern, v.transpose(0, 2, 1, 3), precision=HIGHEST)
+        z = tap("attn_z", z.reshape(batch, heads, length, channels).transpose(0, 2, 1, 3))
         return constrain(matmul(z.reshape(batch, length, heads * channels), self.weight("out")), "BTD"), cache
 
 
