@@ -32,7 +32,7 @@ $(VENV)/bench: $(VENV)/core
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]"
 	@touch $@
 
-bench: $(VENV)/bench  # half an hour on two cores
+bench: $(VENV)/bench
 	$(BIN)/python benchmarks/bench.py
 
 format: $(VENV)/dev

@@ -1,6 +1,6 @@
 """The speed table: this project beside its peers and the limits of the machine, measured in turns in one run.
 
-    make bench                     all of it, half an hour on two cores
+    make bench                     all of it
     python benchmarks/bench.py [decode] [looking] [waiting] [growth] [--rounds 5]
 
 A ratio is the median over rounds of two figures of the same round, with its 95 % bootstrap interval; above 1 the first
@@ -116,7 +116,7 @@ def process_seconds(code: str, repeats: int, **environment: str) -> float:
     return statistics.median(took)
 
 
-FIRST = "import grokscope as gs; gs.load({path!r}).generate([5, 6, 7], {new}, stop_at_eos=False)"
+FIRST = "import grokscope as gs; gs.load({path!r}).generate([5, 6, 7], 1, stop_at_eos=False)"
 
 
 def waiting(rounds: int) -> None:
@@ -126,7 +126,7 @@ def waiting(rounds: int) -> None:
     print("\nwaiting, seconds")
     row("import jax", f"{process_seconds('import jax', rounds):.2f}")
     row("import grokscope", f"{process_seconds('import grokscope', rounds):.2f}")
-    cold, off = FIRST.format(path=str(MINI), new=1), dict(JAX_ENABLE_COMPILATION_CACHE="false")
+    cold, off = FIRST.format(path=str(MINI)), dict(JAX_ENABLE_COMPILATION_CACHE="false")
     process_seconds(cold, 1)
     row("cold process to first token", f"{process_seconds(cold, rounds):.2f}")
     row("  nothing compiled before", f"{process_seconds(cold, rounds, **off):.2f}")
@@ -134,7 +134,7 @@ def waiting(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for layers in (8, 64):
             path = rehearse(Path(folder) / str(layers), dataclasses.replace(config, num_layers=layers))
-            took = process_seconds(FIRST.format(path=str(path), new=1), rounds, **off)
+            took = process_seconds(FIRST.format(path=str(path)), rounds, **off)
             row(f"  the same, {layers} layers", f"{took:.2f}")
 
     grok = gs.load()
