@@ -64,6 +64,17 @@ def test_selectors(small, truth):
     close(trace["attn_pattern", 2], trace["attn_pattern"][1])
 
 
+def test_positions_of_several_blocks(grok):
+    """As many (bucketed) as the second block, of 32, has positions, or as the first has."""
+    tokens = np.arange(530) % 700 + 5
+    whole = grok.trace(tokens, capture=["resid_post", "attn_pattern"])
+    for picked in ([*range(10), *range(514, 524)], [*range(0, 520, 2), 525]):
+        some = [gs.capture("resid_post", positions=picked), gs.capture("attn_pattern", layers=3, positions=picked)]
+        few = grok.trace(tokens, capture=some)
+        close(few["resid_post"], whole["resid_post"][:, picked])
+        close(few["attn_pattern", 3], whole["attn_pattern", 3][:, picked])
+
+
 def test_prompts_are_selected(small):
     traces = small.generate(
         [TOKENS, TOKENS[:4], TOKENS], 5, stop_at_eos=False, capture=gs.capture("resid_post", prompts=[0, -1])
@@ -488,7 +499,7 @@ def test_routing_adds_no_dispatch_to_a_step(grok, monkeypatch):
     stacks = counts.pop("stacked")
     plain.pop("stacked", None)
     assert counts == plain
-    assert stacks == 1 + 3  # the prompt; three chunks of at most 64 steps
+    assert stacks == 3  # chunks of at most 64 steps
 
 
 # Results as they come

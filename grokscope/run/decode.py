@@ -46,12 +46,13 @@ class Job:
       row: its row of the call's Sampling.
       accept: called with each new token and its log-probability; says why to stop after it, or None.
       tokens: prompt and generated tokens; each has had its forward pass.
-      logprobs: in nats, of the generated tokens while it runs; of all, with NaN first, when the run is over.
+      logprobs: in nats, of the generated tokens; of all, with NaN first, once its prompt's captures are here.
       finish: "length", what `accept` said, or "interrupt"; None while it waits or runs.
       captures: {key: numpy [L,] dims}, when it is done.
       slot, first_step: where and from which decode step on it ran.
       glimpse: (key, whether of the prompt) -> what is captured so far while it runs, see `Run.glimpse`.
-      blocks, chunks: captures of its prompt and of its generated tokens on their way.
+      blocks: (first position, log-probabilities and captures {key: [of each layer]}) of its prompt, on their way.
+      chunks: captures that are here: of its prompt, then of its generated tokens.
       pools: its pools, one dictionary for each stage of a pass.
     """
 
@@ -292,9 +293,8 @@ class Run:
             pools = _split(one.hooked.head, captured, one.captures[i])
             if first is not None and i == len(one.xs) - 1 and self.hooks.lenses:
                 targets = steps.noted(targets, first, last - start[0])
-            job.blocks.append(
-                (int(start[0]), _sent((logprobs, self._stacked(one.captures[i], targets, job.row, start))))
-            )
+            captured = self._by_key(one.captures[i], targets, job.row, start)
+            job.blocks.append((int(start[0]), *_sent((logprobs, steps.gathered(captured)))))
         job.pools.append(pools)
         return first
 
@@ -386,12 +386,12 @@ class Run:
             _split((stage, None), own, captures)
         begin = self.step - (self.step % COLUMNS or COLUMNS)
         running = [(job, max(job.first_step, begin), self.step) for job in self.slots if job]
-        chunk = _sent(self._stacked(captures, self.targets, None, None))
+        chunk = _sent(steps.stacked(self._by_key(captures, self.targets, None, None)))
         self.pending = chunk, [*self.segments, *running]
         self.segments = []
 
-    def _stacked(self, captures: list[tuple[CaptureKind, str, jax.Array]], targets, prompt: int | None, start) -> dict:
-        """{key: [layers, B, ...]} of the captures of a block or of a chunk, lenses read out."""
+    def _by_key(self, captures: list[tuple[CaptureKind, str, jax.Array]], targets, prompt: int | None, start) -> dict:
+        """{key: [of each layer]} of the captures of a block or of a chunk, lenses read out."""
         by_key: dict[str, list[jax.Array]] = {}
         for kind, key, value in captures:
             if kind.reduce != "lens":
@@ -404,30 +404,32 @@ class Run:
             read = steps.lens(self.config, kind.k, self.weights.ends, value, following)
             for name, output in zip(kind.outputs, read, strict=True):
                 by_key.setdefault(name, []).append(output)
-        return steps.stacked(by_key) if by_key else {}
+        return by_key
 
     # Captures on the host
 
     def _land(self) -> None:
-        """The captures of the last prompt are here."""
+        """The captures of the last prompt are here: each is copied once, to where it stays."""
         job, self.landing = self.landing, None
         if job is None:
             return
         n = len(job.prompt)
-        landed = []
-        for begin, (logprobs, captured) in _landed(job.blocks):
-            parts = {}
-            for kept in self.hooks.kept:
-                positions = self.hooks.prompt_positions(kept, job.row)
-                here = (positions >= begin) & (positions < begin + logprobs.shape[1])
-                for key, (dims, _) in {} if kept.pooled else kept.outputs().items():
-                    if key in captured:
-                        value = _row(captured[key], kept, 0)
-                        axis = dims.index("T") + (kept.layers is not None)
-                        at = here.nonzero()[0] if value.shape[axis] != logprobs.shape[1] else positions[here] - begin
-                        parts[key] = _cut(np.take(value, at, axis=axis), dims, n)
-            landed.append((logprobs[0], parts))
-        job.blocks = landed
+        scored = np.concatenate([np.asarray(logprobs)[0] for _, logprobs, _ in job.blocks])
+        job.logprobs = [np.nan, *scored[: n - 1].tolist(), *job.logprobs]
+        parts = {}
+        for kept in self.hooks.kept:
+            positions, cut = self.hooks.prompt_positions(kept, job.row), self.hooks.cut(kept, job.row)
+            within = []  # of each block: which of its positions are kept, and where they go
+            for begin, logprobs, _ in job.blocks:
+                here = np.flatnonzero((positions >= begin) & (positions < begin + logprobs.shape[1]))
+                within.append((_span(here if cut else positions[here] - begin), _span(here)))
+            for key, (dims, _) in {} if kept.pooled else kept.outputs().items():
+                if key in job.blocks[0][2]:
+                    blocks = [captured.pop(key) for _, _, captured in job.blocks]
+                    parts[key] = _landed_prompt(blocks, within, len(positions), dims, n)
+                    if kept.layers is None:
+                        (parts[key],) = parts[key]
+        job.blocks, job.chunks = [], [parts]
         if job.finish and not job.limit:
             self._done(job)
 
@@ -439,7 +441,7 @@ class Run:
         if of_prompt:
             if self.landing is job:
                 self._land()
-            return np.concatenate([captured[key] for _, captured in job.blocks], axis=1)
+            return np.array(job.chunks[0][key])
         column = (self.step - 1) % COLUMNS
         held = [own[key] for own in (self.embed_buffers, *self.layer_buffers, self.head_buffers) if key in own]
         if not held:
@@ -479,9 +481,6 @@ class Run:
         if self.landing is job:
             self._land()
         n, total = len(job.prompt), len(job.tokens)
-        scored = np.concatenate([logprobs for logprobs, _ in job.blocks])
-        job.logprobs = [np.nan, *scored[: n - 1].tolist(), *job.logprobs]
-        parts = [captured for _, captured in job.blocks] + job.chunks
         for kept in self.hooks.kept:
             if not self.hooks.takes(kept, job.row):
                 continue
@@ -490,7 +489,7 @@ class Run:
                     job.captures[kept.key] = _pooled(kept, _landed(job.pools))
                 continue
             for key, (dims, _) in kept.outputs().items():
-                if own := [part[key] for part in parts if key in part]:
+                if own := [part.pop(key) for part in job.chunks if key in part]:
                     job.captures[key] = _joined(own, dims, kept, total)
             rank = job.captures.get(f"{kept.key}_rank") if kept.reduce == "lens" else None
             if rank is not None and kept.where.mask(n, total)[-1]:
@@ -546,13 +545,36 @@ def _cut(value: np.ndarray, dims: str, length: int) -> np.ndarray:
     return value[..., :length] if dims.endswith("S") else value
 
 
+def _span(numbers: np.ndarray) -> np.ndarray | slice:
+    """Ascending numbers, as a slice if they follow one another."""
+    if len(numbers) and numbers[-1] - numbers[0] + 1 == len(numbers):
+        return slice(numbers[0], numbers[-1] + 1)
+    return numbers
+
+
+def _landed_prompt(blocks: list[list[jax.Array]], within: list[tuple], length: int, dims: str, keys: int) -> np.ndarray:
+    """[layers, ...] of a capture of a prompt: of each block, [of each layer], the positions `within`, `length` in all.
+    Keys beyond `keys` are left out."""
+    axis, first = dims.index("T"), blocks[0][0]
+    before = [slice(None)] * axis
+    shape = [len(blocks[0]), *first.shape[1:]]
+    shape[1 + axis] = length
+    if dims.endswith("S"):
+        shape[-1] = keys
+    found = np.empty(shape, first.dtype)
+    for block, (here, there) in zip(blocks, within, strict=True):
+        for own, value in zip(found, block, strict=True):
+            own[*before, there] = np.asarray(value)[0, *before, here][..., : shape[-1]]
+    return found
+
+
 def _joined(parts: list[np.ndarray], dims: str, kept: Kept, total: int) -> np.ndarray:
     """Parts joined along positions; the axis of keys, where there is one, made `total` long."""
     if dims.endswith("S"):
         fill = MASKED if kept.tap == "attn_scores" else 0
-        spare = [[(0, 0)] * (part.ndim - 1) + [(0, max(total - part.shape[-1], 0))] for part in parts]
-        parts = [np.pad(p[..., :total], s, constant_values=fill) for p, s in zip(parts, spare, strict=True)]
-    return np.concatenate(parts, axis=dims.index("T") + (kept.layers is not None))
+        spare = [[(0, 0)] * (part.ndim - 1) + [(0, total - part.shape[-1])] for part in parts]
+        parts = [np.pad(p, s, constant_values=fill) if s[-1][1] else p for p, s in zip(parts, spare, strict=True)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=dims.index("T") + (kept.layers is not None))
 
 
 def _pooled(kept: Kept, places: list[dict]) -> np.ndarray:

@@ -99,7 +99,7 @@ def _prompt(hooks: Hooks, kept: Kept, prompt: int, dtype, mesh: Mesh | AbstractM
     if kept.pooled:
         return _nbytes(jax.eval_shape(lambda: hooks.pool(kept, 1)))
     padded = len(hooks.padded_positions(kept.key, prompt))
-    cut = padded < n
+    cut = hooks.cut(kept, prompt)
     lengths = [padded if cut else block for block in block_lengths(n)]
     sizes = hooks.dims(kept) | {"T": sum(lengths), "S": cache_length(n)}
     return _size(kept, sizes, dtype, mesh)

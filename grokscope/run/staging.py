@@ -146,7 +146,7 @@ class Hooks:
 
     def prefill(self, prompt: int, length: int) -> Hooked:
         """The stages of one prompt; `length`: positions of its cache."""
-        sequence, memo = self.sequences[prompt], {}
+        memo: dict = {}
         staged: dict[Place, Staged] = {}
         for place in self.places:
             kinds, given = [], []
@@ -154,7 +154,7 @@ class Hooks:
                 positions = self.prompt_positions(kept, prompt)
                 if not len(positions):
                     continue
-                cut = not kept.pooled and _bucket(len(positions)) < sequence.prompt_length
+                cut = self.cut(kept, prompt)
                 kinds.append(self._kind(kept, cut))
                 padded = self.padded_positions(kept.key, prompt) if cut else None
                 given.append(self._given_capture(kept, [prompt], length, padded, memo))
@@ -171,6 +171,11 @@ class Hooks:
             return np.zeros(0, np.int32)
         length = self.sequences[prompt].prompt_length
         return np.flatnonzero(kept.where.mask(length, length)).astype(np.int32)
+
+    def cut(self, kept: Kept, prompt: int) -> bool:
+        """Whether a step gives only those positions, and not all."""
+        wanted = len(self.prompt_positions(kept, prompt))
+        return not kept.pooled and _bucket(wanted) < self.sequences[prompt].prompt_length
 
     def padded_positions(self, key: str, prompt: int) -> np.ndarray:
         """The same, as many as are compiled for, -1 behind."""

@@ -194,6 +194,16 @@ def stacked(captures: dict[str, list[jax.Array]]) -> dict[str, jax.Array]:
     return {key: here(jnp.stack(layers)) for key, layers in captures.items()}
 
 
+def gathered(captures: dict[str, list[jax.Array]]) -> dict[str, list[jax.Array]]:
+    """The same layer by layer, for arrays that stay what they are: not copied where this host sees them."""
+    return _everywhere(captures) if captures and jax.process_count() > 1 else captures
+
+
+@jax.jit
+def _everywhere(captures):
+    return jax.tree.map(whole, captures)
+
+
 @jax.jit
 def glimpsed(buffers: list[jax.Array], slot, column) -> jax.Array:
     """One position [layers, ...] of a slot's buffers."""
