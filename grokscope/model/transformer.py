@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grokscope.config import GrokConfig
 from grokscope.model.params import PARAMS, initializer
-from grokscope.model.quant import HIGHEST, Weight, matmul
+from grokscope.model.quant import HIGHEST, QuantizedWeight, Weight, matmul
 from grokscope.model.sharding import axis_size, constrain, per_shard, spec, zeros
 from grokscope.model.taps import tap
 
@@ -157,16 +157,19 @@ class Router(Module):
         return logits, tap("expert_index", chosen), tap("expert_gate", gates)
 
 
-def tile_size(num_tokens: int) -> int:
+def tile_size(num_tokens: int, int8: bool) -> int:
     """Rows that one product of an expert takes: fixed by the shape of the call, never by how tokens are routed.
 
     An accelerator reads an expert once for all tokens of a decode step. On CPU a product with one row reads 25 GB/s and
     with eight 10 (of float32, D 512 to 1368), and a second row finds the matrix in the cache: rows go one by one. Of
-    more rows there, tiles of three eighths of what an expert takes on average (of 2 in 8) were best at all sizes tried.
+    more rows there, tiles of three eighths of what an expert takes on average (of 2 in 8) were best at all sizes tried;
+    int8 is widened for every tile, and takes the average.
     """
-    if jax.default_backend() == "cpu":
-        return 1 if num_tokens <= 8 else -(-3 * num_tokens // 256) * 8
-    return num_tokens if num_tokens <= 32 else max(num_tokens // 8, min(num_tokens // 4, 32))
+    if jax.default_backend() != "cpu":
+        return num_tokens if num_tokens <= 32 else max(num_tokens // 8, min(num_tokens // 4, 32))
+    if num_tokens <= 8:
+        return 1
+    return max(num_tokens // 4, 8) if int8 else -(-3 * num_tokens // 256) * 8
 
 
 class Groups(NamedTuple):
@@ -182,22 +185,25 @@ def by_expert(
 ) -> Array:
     """fn(rows of expert e, *weights[e]) for every expert, [M, Y]: each runs as many tiles as it has rows for, or none.
 
-    The last tile of an expert runs over into the stretch of the next, which overwrites it; so M needs a tile to spare
-    at its end. The derivative is written out because a loop of unknown length has none of its own; it keeps nothing
-    but the inputs (measured on CPU, training: 1.6 times as fast as a branch per tile, and as a fixed capacity 1.1).
+    One loop over all tiles, each of which switches to its expert. (A loop for each expert compiles 1.2 times as long;
+    int8 weights it needs a barrier for, or XLA widens all of them before the loop.) The last tile of an expert runs
+    over into the stretch of the next, which overwrites it; so M needs a tile to spare at its end.
+
+    The derivative is written out because a loop of unknown length has none of its own; it keeps nothing but the inputs
+    (measured on CPU, training: 1.6 times as fast as a branch per tile, and as a fixed capacity 1.1).
     """
     width = jax.eval_shape(fn, rows, *weights[0]).shape[-1]
-    out = jnp.zeros((len(rows), width), rows.dtype)
-    for expert, own in enumerate(weights):
+    branches = [lambda some, own=own: fn(some, *own) for own in weights]
+    tiles = -(-groups.counts // tile)
+    ends = jnp.cumsum(tiles)
 
-        def run(index, out, own=own, begin=groups.begins[expert]):
-            index, own = jax.lax.optimization_barrier((index, own))  # else XLA converts int8 weights before the loop
-            at = begin + index * tile
-            done = fn(jax.lax.dynamic_slice_in_dim(rows, at, tile), *own)
-            return jax.lax.dynamic_update_slice_in_dim(out, done, at, axis=0)
+    def run(index, out):
+        expert = jnp.sum(index >= ends)
+        at = groups.begins[expert] + (index - (ends - tiles)[expert]) * tile
+        done = jax.lax.switch(expert, branches, jax.lax.dynamic_slice_in_dim(rows, at, tile))
+        return jax.lax.dynamic_update_slice_in_dim(out, done, at, axis=0)
 
-        out = jax.lax.fori_loop(0, -(-groups.counts[expert] // tile), run, out)
-    return out
+    return jax.lax.fori_loop(0, ends[-1], run, jnp.zeros((len(rows), width), rows.dtype))
 
 
 def _by_expert_forward(fn, tile, rows, weights, groups):
@@ -247,9 +253,9 @@ def sort_pairs(num_experts: int, chosen: Int[Array, "B T K"], live: Bool[Array, 
     return Pairs(order, jnp.argsort(order), Groups(jnp.cumsum(counts) - counts, counts))
 
 
-def as_sorted(values: Float[Array, "B T K X"], pairs: Pairs) -> Float[Array, "M X"]:
+def as_sorted(int8: bool, values: Float[Array, "B T K X"], pairs: Pairs) -> Float[Array, "M X"]:
     """M is N * K and a tile to spare."""
-    tile = tile_size(values.shape[0] * values.shape[1])
+    tile = tile_size(values.shape[0] * values.shape[1], int8)
     return jnp.pad(values.reshape(-1, values.shape[-1])[pairs.order], ((0, tile), (0, 0)))
 
 
@@ -257,9 +263,9 @@ def as_chosen(rows: Float[Array, "M X"], chosen: Int[Array, "B T K"], pairs: Pai
     return rows[pairs.back].reshape(*chosen.shape, -1)
 
 
-def run_gate_and_up(x: Float[Array, "B T D"], pairs: Pairs, experts) -> Float[Array, "M F"]:
+def run_gate_and_up(int8: bool, x: Float[Array, "B T D"], pairs: Pairs, experts) -> Float[Array, "M F"]:
     tokens = x.reshape(-1, x.shape[-1])
-    tile = tile_size(len(tokens))
+    tile = tile_size(len(tokens), int8)
     rows = jnp.pad(tokens[pairs.order // (len(pairs.order) // len(tokens))], ((0, tile), (0, 0)))
     return by_expert(gate_and_up, tile, rows, experts, pairs.groups)
 
@@ -291,10 +297,12 @@ class Experts(Module):
         of_hidden, by_choice = PartitionSpec(batch, "model"), PartitionSpec(batch, None, None, "model")
 
         pairs = per_shard(functools.partial(sort_pairs, num_experts), (tokens, tokens), tokens)(chosen, live)
+        int8 = isinstance(gate[0], QuantizedWeight)
         experts = tuple((gate[e], up[e]) for e in range(num_experts))
-        hidden = per_shard(run_gate_and_up, (tokens, tokens, columns), of_hidden)(x, pairs, experts)
+        run = per_shard(functools.partial(run_gate_and_up, int8), (tokens, tokens, columns), of_hidden)
+        hidden = run(x, pairs, experts)
         unpack = per_shard(as_chosen, (of_hidden, tokens, tokens), by_choice)
-        pack = per_shard(as_sorted, (by_choice, tokens), of_hidden)
+        pack = per_shard(functools.partial(as_sorted, int8), (by_choice, tokens), of_hidden)
         hidden = tap("expert_hidden", hidden, lambda h: unpack(h, chosen, pairs), lambda h: pack(h, pairs))
         experts = tuple((down[e],) for e in range(num_experts))
         run = per_shard(run_down, (of_hidden, tokens, tokens, rows), PartitionSpec("model", batch))
