@@ -34,7 +34,7 @@ D512 = GrokConfig(
 
 
 def row(name: str, *cells: str) -> None:
-    print(f"{name:34}" + "".join(f"{cell:>26}" for cell in cells), flush=True)
+    print(f"{name:42}" + "".join(f"{cell:>26}" for cell in cells), flush=True)
 
 
 def measured(made: dict[str, Contender], tasks: list[str], rounds: int) -> dict[tuple[str, str], np.ndarray]:
@@ -163,7 +163,7 @@ def waiting(rounds: int) -> None:
 
 
 GROWTH = """
-import resource, sys, time
+import time
 import numpy as np, grokscope as gs
 grok = gs.load({path!r})
 rng = np.random.default_rng(0)
@@ -172,7 +172,9 @@ run = lambda: {call}
 run()
 begin = time.perf_counter()
 run()
-print(time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+took = time.perf_counter() - begin
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(took, 1024 * int(peak.split()[1]))
 """
 
 
@@ -196,7 +198,7 @@ def growth() -> None:
                 (n, 6, f"grok.generate([ids(64) for _ in range({n})], 32, stop_at_eos=False)") for n in (8, 32, 128)
             ],
             "layers": [(n, n, "grok.generate(ids(64), 64, stop_at_eos=False)") for n in paths],
-            "captures": [(n, 6, f"grok.trace(ids(512), capture=gs.TAPS[:{n}])") for n in (1, 6, 12, 18)],
+            "captures": [(n, 6, f"grok.trace(ids(512), capture=list(gs.TAPS)[:{n}])") for n in (1, 6, 12, 18)],
         }
         for name, lines in tables.items():
             print()

@@ -81,6 +81,12 @@ def tap(name: str, value: jax.Array, unpack=_same, pack=_same) -> jax.Array:
     return pack(observer(name, unpack(value)))
 
 
+def watched(*names: str) -> bool:
+    """Whether somebody looks at any of these."""
+    observer = _observer.get()
+    return observer is not None and any(observer.wants(name) for name in names)
+
+
 @contextlib.contextmanager
 def observed(observer: Observer) -> Iterator[None]:
     """Installs `observer` while a function is traced; it sees nothing of calls that were compiled before."""

@@ -25,10 +25,12 @@ from grokscope.config import GrokConfig
 from grokscope.model.params import PARAMS, initializer
 from grokscope.model.quant import HIGHEST, QuantizedWeight, Weight, matmul
 from grokscope.model.sharding import axis_size, constrain, per_shard, spec, zeros
-from grokscope.model.taps import tap
+from grokscope.model.taps import tap, watched
 
 ATTENTION_CAP = 30.0
 MASKED = -1e30
+SCORES = 1 << 20  # attention scores worked on at once, unless somebody looks at them: 4 MB, which stay in a cache
+SCORE_ROWS = 64  # positions worked on at once, at least
 NORM_EPS = 1e-5
 ROTARY_BASE = 10000.0
 
@@ -123,25 +125,35 @@ class Attention(Module):
         if cache is not None:
             cache = cache.write(k, v, start)
             k, v = cache
-        key_positions = jnp.arange(k.shape[1])
         if heads % axis_size("model") == 0 and groups % axis_size("model"):  # each device takes the one it reads
             copies = math.lcm(groups, axis_size("model")) // groups
-            groups *= copies
             k, v = (constrain(jnp.repeat(a, copies, axis=2), "BSGC") for a in (k, v))
-
-        # The query heads of a group as more rows of one product: XLA on CPU takes 3 to 5 times as long for the einsum.
-        q = q.reshape(batch, length, groups, -1, channels).transpose(0, 2, 3, 1, 4)
-        q = q.reshape(batch, groups, -1, channels)
-        scores = jnp.matmul(q, k.transpose(0, 2, 3, 1), precision=HIGHEST).astype(jnp.float32)
-        scores = scores.reshape(batch, heads, length, -1) * (self.config.attn_output_multiplier / ATTENTION_CAP)
-        visible = key_positions[None, None, None, :] <= positions[:, None, :, None]  # [B, 1, T, S]
-        scores = tap("attn_scores", jnp.where(visible, ATTENTION_CAP * jnp.tanh(scores), MASKED))
-        pattern = tap("attn_pattern", jax.nn.softmax(scores, axis=-1)).astype(x.dtype)
-
-        pattern = pattern.reshape(batch, groups, -1, pattern.shape[-1])
-        z = jnp.matmul(pattern, v.transpose(0, 2, 1, 3), precision=HIGHEST)
-        z = tap("attn_z", z.reshape(batch, heads, length, channels).transpose(0, 2, 1, 3))
+        rows = 1 << max(SCORES // (heads * k.shape[1]), SCORE_ROWS).bit_length() - 1
+        if rows >= length or length % rows or watched("attn_scores", "attn_pattern"):
+            z = self.read(q, k, v, positions)
+        else:
+            parts = (jnp.moveaxis(a.reshape(batch, -1, rows, *a.shape[2:]), 1, 0) for a in (q, positions))
+            z = jax.lax.map(lambda part: self.read(part[0], k, v, part[1]), tuple(parts))
+            z = jnp.moveaxis(z, 0, 1).reshape(q.shape)
+        z = tap("attn_z", z)
         return constrain(matmul(z.reshape(batch, length, heads * channels), self.weight("out")), "BTD"), cache
+
+    def read(
+        self, q: Float[Array, "B T H C"], k: Float[Array, "B S G C"], v: Float[Array, "B S G C"], positions
+    ) -> Float[Array, "B T H C"]:
+        """What each head reads for queries at positions [B, T]."""
+        batch, length, heads, channels = q.shape
+        groups = k.shape[2]
+        # The query heads of a group as more rows of one product: XLA on CPU takes 3 to 5 times as long for the einsum.
+        rows = q.reshape(batch, length, groups, -1, channels).transpose(0, 2, 3, 1, 4)
+        rows = rows.reshape(batch, groups, -1, channels)
+        scores = jnp.matmul(rows, k.transpose(0, 2, 3, 1), precision=HIGHEST).astype(jnp.float32)
+        scores = scores.reshape(batch, heads, length, -1) * (self.config.attn_output_multiplier / ATTENTION_CAP)
+        visible = jnp.arange(k.shape[1]) <= positions[:, None, :, None]  # [B, 1, T, S]
+        scores = tap("attn_scores", jnp.where(visible, ATTENTION_CAP * jnp.tanh(scores), MASKED))
+        pattern = tap("attn_pattern", jax.nn.softmax(scores, axis=-1)).astype(q.dtype)
+        z = jnp.matmul(pattern.reshape(batch, groups, -1, k.shape[1]), v.transpose(0, 2, 1, 3), precision=HIGHEST)
+        return z.reshape(batch, heads, length, channels).transpose(0, 2, 1, 3)
 
 
 class Router(Module):
