@@ -306,10 +306,12 @@ def test_a_session_in_the_browser(lab_url, tmp_path):
 
         page.fill(".gs #f1", "20")
         generate(page)
+        page.click(".gs .tok >> nth=25")
         page.click(".gs #quick [data-q='ban']")
         assert "Ban expert" in page.inner_text(".gs #elist")
         page.click(".gs #b-run")
         page.wait_for_function("() => document.querySelectorAll('.gs #trun tr').length === 4")
+        assert page.inner_text(".gs #o-t") == "25", "an edited run is looked at where the one before was"
         page.click(".gs #trun tr:nth-child(2) [data-r='A']")
         page.click(".gs #trun tr:nth-child(1) [data-r='B']")
         assert "ban" in page.inner_text(".gs #cname")

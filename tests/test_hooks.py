@@ -75,6 +75,19 @@ def test_positions_of_several_blocks(grok):
         close(few["attn_pattern", 3], whole["attn_pattern", 3][:, picked])
 
 
+def test_attention_in_parts_is_attention_as_a_whole(grok):
+    """Long prompts attend in parts, unless a hook looks at scores or patterns."""
+    tokens = np.arange(900) % 700 + 5
+    parts = grok.trace(tokens, capture="attn_z")
+    whole = grok.trace(tokens, capture=["attn_z", "attn_pattern"])
+    close(parts["attn_z"], whole["attn_z"])
+    close(parts.logprobs[1:], whole.logprobs[1:])
+    with grok.edits(gs.scale("attn_pattern", 0.0, layers=2, heads=1, positions=slice(600, None))):
+        edited = grok.trace(tokens, capture="attn_z")
+    close(edited["attn_z", 2][:600], whole["attn_z", 2][:600])
+    assert (edited["attn_z", 2][600:, 1] == 0).all()
+
+
 def test_prompts_are_selected(small):
     traces = small.generate(
         [TOKENS, TOKENS[:4], TOKENS], 5, stop_at_eos=False, capture=gs.capture("resid_post", prompts=[0, -1])

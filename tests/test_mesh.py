@@ -125,8 +125,13 @@ def test_activations_travel_and_weights_do_not(tmp_path, mesh, rows):
         at = (state.positions, state.tokens[:, None], state.live[:, None])
         x, _ = steps.embed(config, PLAIN, weights.ends, at[1], at[0], at[2], {}, Given())
         layer = steps.decode_layer.lower(config, PLAIN, weights.layers[0], x, cache, state, {}, Given(), 0).compile()
+        prompt, live = np.zeros((1, 512), np.int32), np.ones((1, 512), bool)
+        place, long = (np.zeros(1, np.int32), prompt, live), KVCache.zeros(config, 1, 1024, np.float32)
+        y, _ = steps.embed(config, PLAIN, weights.ends, prompt, place[0], live, {}, Given())
+        prefill = steps.layer.lower(config, PLAIN, weights.layers[0], y, long, *place, {}, Given()).compile()
         score = steps.score.lower(config, PLAIN, weights.ends, x, at[1], *at, {}, Given()).compile()
     found = collectives(layer)
     assert found.pop("all-reduce") == [rows * config.emb_size] * 2
     assert sum(map(sum, found.values())) <= slots * config.num_experts  # router logits, if anything
+    assert collectives(prefill) == {"all-reduce": [prompt.size * config.emb_size] * 2}  # attention in parts, too
     assert sum(map(sum, collectives(score).values())) <= 4 * slots

@@ -29,8 +29,10 @@ from grokscope.model.taps import tap, watched
 
 ATTENTION_CAP = 30.0
 MASKED = -1e30
-SCORES = 1 << 20  # attention scores worked on at once, unless somebody looks at them: 4 MB, which stay in a cache
-SCORE_ROWS = 64  # positions worked on at once, at least
+SCORES = (
+    1 << 20
+)  # attention scores that are computed at once, unless somebody looks at them: 4 MB, which stay in a cache
+MIN_BLOCK = 64  # positions, however many that makes
 NORM_EPS = 1e-5
 ROTARY_BASE = 10000.0
 
@@ -128,20 +130,24 @@ class Attention(Module):
         if heads % axis_size("model") == 0 and groups % axis_size("model"):  # each device takes the one it reads
             copies = math.lcm(groups, axis_size("model")) // groups
             k, v = (constrain(jnp.repeat(a, copies, axis=2), "BSGC") for a in (k, v))
-        rows = 1 << max(SCORES // (heads * k.shape[1]), SCORE_ROWS).bit_length() - 1
-        if rows >= length or length % rows or watched("attn_scores", "attn_pattern"):
+        block = 1 << max(SCORES // (heads * k.shape[1]), MIN_BLOCK).bit_length() - 1
+        if block >= length or length % block or watched("attn_scores", "attn_pattern"):
             z = self.read(q, k, v, positions)
         else:
-            parts = (jnp.moveaxis(a.reshape(batch, -1, rows, *a.shape[2:]), 1, 0) for a in (q, positions))
+            parts = (jnp.moveaxis(a.reshape(batch, -1, block, *a.shape[2:]), 1, 0) for a in (q, positions))
             z = jax.lax.map(lambda part: self.read(part[0], k, v, part[1]), tuple(parts))
             z = jnp.moveaxis(z, 0, 1).reshape(q.shape)
         z = tap("attn_z", z)
         return constrain(matmul(z.reshape(batch, length, heads * channels), self.weight("out")), "BTD"), cache
 
     def read(
-        self, q: Float[Array, "B T H C"], k: Float[Array, "B S G C"], v: Float[Array, "B S G C"], positions
+        self,
+        q: Float[Array, "B T H C"],
+        k: Float[Array, "B S G C"],
+        v: Float[Array, "B S G C"],
+        positions: Int[Array, "B T"],
     ) -> Float[Array, "B T H C"]:
-        """What each head reads for queries at positions [B, T]."""
+        """What each head reads for the queries at these positions."""
         batch, length, heads, channels = q.shape
         groups = k.shape[2]
         # The query heads of a group as more rows of one product: XLA on CPU takes 3 to 5 times as long for the einsum.
@@ -170,12 +176,13 @@ class Router(Module):
 
 
 def tile_size(num_tokens: int, int8: bool) -> int:
-    """Rows that one product of an expert takes: fixed by the shape of the call, never by how tokens are routed.
+    """Rows that one product of an expert, kept as int8 or not, takes: fixed by the shape of the call, never by how
+    tokens are routed.
 
     An accelerator reads an expert once for all tokens of a decode step. On CPU a product with one row reads 25 GB/s and
     with eight 10 (of float32, D 512 to 1368), and a second row finds the matrix in the cache: rows go one by one. Of
-    more rows there, tiles of three eighths of what an expert takes on average (of 2 in 8) were best at all sizes tried;
-    int8 is widened for every tile, and takes the average.
+    more rows there, tiles of three eighths of what an expert takes on average (of 2 in 8) were best or near it at
+    all sizes tried; int8 is widened for every tile, and takes the average.
     """
     if jax.default_backend() != "cpu":
         return num_tokens if num_tokens <= 32 else max(num_tokens // 8, min(num_tokens // 4, 32))

@@ -553,8 +553,8 @@ def _span(numbers: np.ndarray) -> np.ndarray | slice:
 
 
 def _landed_prompt(blocks: list[list[jax.Array]], within: list[tuple], length: int, dims: str, keys: int) -> np.ndarray:
-    """[layers, ...] of a capture of a prompt: of each block, [of each layer], the positions `within`, `length` in all.
-    Keys beyond `keys` are left out."""
+    """[layers, ...] of a capture, from [of each block][of each layer]: `length` positions; `within` says of each block
+    which of its own they are, and which of the result. Keys beyond `keys` are left out."""
     axis, first = dims.index("T"), blocks[0][0]
     before = [slice(None)] * axis
     shape = [len(blocks[0]), *first.shape[1:]]
@@ -564,7 +564,7 @@ def _landed_prompt(blocks: list[list[jax.Array]], within: list[tuple], length: i
     found = np.empty(shape, first.dtype)
     for block, (here, there) in zip(blocks, within, strict=True):
         for own, value in zip(found, block, strict=True):
-            own[*before, there] = np.asarray(value)[0, *before, here][..., : shape[-1]]
+            own[*before, there] = _cut(np.asarray(value)[0], dims, keys)[*before, here]
     return found
 
 

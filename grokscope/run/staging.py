@@ -173,12 +173,12 @@ class Hooks:
         return np.flatnonzero(kept.where.mask(length, length)).astype(np.int32)
 
     def cut(self, kept: Kept, prompt: int) -> bool:
-        """Whether a step gives only those positions, and not all."""
+        """Whether a step gives only the positions of the prompt that are kept, and not all."""
         wanted = len(self.prompt_positions(kept, prompt))
         return not kept.pooled and _bucket(wanted) < self.sequences[prompt].prompt_length
 
     def padded_positions(self, key: str, prompt: int) -> np.ndarray:
-        """The same, as many as are compiled for, -1 behind."""
+        """Positions of the prompt that are kept, as many as are compiled for, -1 behind."""
         (kept,) = (k for k in self.kept if k.key == key)
         positions = self.prompt_positions(kept, prompt)
         return np.pad(positions, (0, _bucket(len(positions)) - len(positions)), constant_values=-1)

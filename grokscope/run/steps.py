@@ -195,7 +195,7 @@ def stacked(captures: dict[str, list[jax.Array]]) -> dict[str, jax.Array]:
 
 
 def gathered(captures: dict[str, list[jax.Array]]) -> dict[str, list[jax.Array]]:
-    """The same layer by layer, for arrays that stay what they are: not copied where this host sees them."""
+    """{key: [of each layer]} as this host may look at them; where there is one, they are not copied."""
     return _everywhere(captures) if captures and jax.process_count() > 1 else captures
 
 

@@ -45,7 +45,8 @@ function compare() {
   $(".cmpgrid").style.display = pair ? "" : "none";
   $("#cname").textContent = pair
     ? `A: run ${pair[0].id}, ${pair[0].name}. B: run ${pair[1].id}, ${pair[1].name}`
-    : "Mark two runs A and B to compare them.";
+    : $("#cmp").dataset.empty;
+  $("#r-cmp").disabled = !pair;
   if (!pair) {
     $("#ckey").innerHTML = "";
     return;

@@ -90,6 +90,7 @@ const on = {
     if (S.follow) run.w0 = run.n - WINDOW;
     use(run);
     if (S.follow) S.t = run.n - 1;
+    restore();
     ident();
     promptPane();
     selbar();
@@ -116,6 +117,7 @@ const on = {
     else S.B = run.id;
     S.state = run.finish === "interrupt" ? "stopped" : "ready";
     if (V === old || !V.n || !V.done) go(run, run.w0);
+    restore();
     all();
   },
   cells(m, [gates, z]) {

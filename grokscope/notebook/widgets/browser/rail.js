@@ -125,7 +125,9 @@ function taps() {
       ? `Written: ${bytes(S.written.bytes)}`
       : V.done
         ? ""
-        : "Run once to export";
+        : busy()
+          ? "When the run is done"
+          : "Run once to export";
   const { bytes: written, total: planned } = S.writing || {};
   $("#xg").style.width = S.written ? "100%" : planned ? `${Math.min(99, (100 * written) / planned)}%` : "0";
   $("#xg").parentElement.classList.toggle("done", !S.writing);
@@ -198,6 +200,7 @@ function generate(edited) {
   S.error = {};
   S.written = null;
   S.edited = edited;
+  S.keep = edited ? S.t : null;
   S.state = "waiting";
   S.message = "0";
   const begun = Date.now();
@@ -212,6 +215,7 @@ function generate(edited) {
 }
 $("#b-gen").onclick = () => generate(false);
 $("#b-run").onclick = () => generate(true);
+$("#r-cmp").onclick = () => $("#cmp").scrollIntoView({ behavior: "smooth" });
 $("#b-stop").onclick = () => model.send({ kind: "stop" });
 $("#b-exp").onclick = () => {
   S.writing = { bytes: 0, total: 0 };

@@ -48,6 +48,7 @@ function all() {
 }
 function pick(o) {
   S.follow = false;
+  S.keep = null;
   if (o.t !== undefined) o.t = Math.max(0, Math.min(S.n - 1, o.t));
   if (o.t < W0 || o.t >= W1) return go(V, o.t - WN / 2, o);
   Object.assign(S, o);

@@ -37,6 +37,7 @@ let WINDOW = 256, // positions that are shown at once
 let want = null; // a run or a window that is shown as soon as its cells are here
 const S = {
   t: 0,
+  keep: null, // the position that an edited run is looked at, as soon as it has it
   l: 0,
   h: 0,
   iso: -1,
@@ -144,6 +145,12 @@ function here(run, w0) {
 function go(run, w0, o = {}) {
   want = { run, w0: Math.max(0, Math.min(run.T - Math.min(run.T, WINDOW), Math.round(w0))), o };
   settle();
+}
+// The position that was selected before an edited run, once the run has it.
+function restore() {
+  if (S.keep === null || S.keep >= W1) return;
+  S.t = S.keep;
+  S.keep = null;
 }
 function settle() {
   if (!want || !here(want.run, want.w0)) return;

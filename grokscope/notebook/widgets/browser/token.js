@@ -10,7 +10,7 @@ function inspector() {
     `<div class="big"><span class="t" style="--c:var(--x${c.a})">${esc(show(TOK[t]))}</span><span class="dim">id ${V.ids[t]}</span></div>`;
   const pr = nextOf(Math.max(0, t - 1));
   $("#ikv").innerHTML = [
-    ["Log-prob.", t ? f(LP[t]) : "–"],
+    ["Log-prob.", t && (V.done || t >= NP) ? f(LP[t]) : "–"],
     ["Rank", t ? pr.rank : "–"],
     ["Entropy", f(c.h) + " bits"],
     ["Margin", f(c.ga - c.gb)],
