@@ -316,6 +316,8 @@ def test_a_session_in_the_browser(lab_url, tmp_path):
         page.click(".gs #trun tr:nth-child(1) [data-r='B']")
         assert "ban" in page.inner_text(".gs #cname")
         assert "First divergence" in page.inner_text(".gs #ckey")
+        banned = re.search(r"Ban expert (\d)", page.inner_text(".gs #elist"))[1]
+        assert page.inner_text(".gs #d-x") == f"gate of expert {banned}"
 
         page.fill(".gs #dest", str(tmp_path / "d"))
         page.wait_for_function("() => document.querySelector('.gs #taps .tot').textContent.includes('kB')")

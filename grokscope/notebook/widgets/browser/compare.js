@@ -123,7 +123,8 @@ function klFact(fd) {
   const mean = own.reduce((s, v) => s + v, 0) / own.length;
   return own.length ? `<span><span class="dim">KL before it</span>${f(mean, 3)} nats a token</span>` : "";
 }
-const isoOf = () => (S.iso >= 0 ? S.iso : V.n ? C[S.l][S.t].a : 0);
+// The expert that is isolated, or else that A took where the selection is: the one a ban takes away.
+const isoOf = () => (S.iso >= 0 ? S.iso : (CA[S.l]?.[S.t]?.a ?? 0));
 function drawDiff(fd) {
   const cv = $("#c-diff"),
     w = cv.parentElement.clientWidth,
