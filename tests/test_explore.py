@@ -208,7 +208,12 @@ def test_in_the_browser(lab_url):
     with lab.page() as page:
         lab.run_all(page, lab_url)
         page.wait_for_selector(".gs #b-gen")
+        said = "() => getComputedStyle(document.querySelector('.gs #attn'), '::after').content"
+        assert "Who reads whom" in page.evaluate(said), "before there is a run, a pane says what will be there"
+        assert not page.locator(".gs #c-route").is_visible()
         generate(page)
+        assert page.evaluate(said) == "none"
+        assert page.locator(".gs #c-route").is_visible()
         page.click(".gs .tok >> nth=3")
         assert page.inner_text(".gs #o-t") == "3"
         assert "position 3, prefill" in page.inner_text(".gs #iwhere")

@@ -29,9 +29,7 @@ from grokscope.model.taps import tap, watched
 
 ATTENTION_CAP = 30.0
 MASKED = -1e30
-SCORES = (
-    1 << 20
-)  # attention scores that are computed at once, unless somebody looks at them: 4 MB, which stay in a cache
+SCORES = 1 << 20  # attention scores computed at once, unless somebody looks at them: 4 MB, which stay in a cache
 MIN_BLOCK = 64  # positions, however many that makes
 NORM_EPS = 1e-5
 ROTARY_BASE = 10000.0
