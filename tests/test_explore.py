@@ -278,7 +278,7 @@ def test_a_long_text_in_the_browser(tmp_path):
 
 @pytest.mark.slow
 def test_a_session_in_the_browser(lab_url, tmp_path):
-    """Prompt, stop, layers, heatmap, heads, an edit, compare, export, and the page loaded again."""
+    """Prompt, stop, layers, heatmap, heads, an edit, compare, export, the page loaded again, the kernel gone."""
     with lab.page() as page:
         lab.run_all(page, lab_url)
         page.wait_for_selector(".gs #b-gen")
@@ -337,6 +337,13 @@ def test_a_session_in_the_browser(lab_url, tmp_path):
         assert page.input_value(".gs #pbox") == "The cat sat on the mat. The cat"
         assert "Ban expert" in page.inner_text(".gs #elist")
         assert page.errors == []
+
+        page.evaluate("async () => await window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+        page.wait_for_function("() => document.querySelector('.gs #state').textContent === 'No kernel'")
+        assert page.is_disabled(".gs #b-gen")
+        assert page.inner_text(".gs #pgt") == "Run the cell again to reconnect"
+        page.click(".gs .tok >> nth=2")
+        assert "position 2" in page.inner_text(".gs #iwhere"), "what is there can be read"
 
 
 def test_the_page_says_what_went_wrong(app):

@@ -30,7 +30,7 @@ function klOf() {
   const key = `${S.A}.${S.B}`;
   if (!KL.has(key) && M0.panes.includes("cmp")) {
     KL.set(key, []);
-    model.send({ kind: "compare", a: S.A, b: S.B });
+    tell({ kind: "compare", a: S.A, b: S.B });
   }
   return KL.get(key) || [];
 }

@@ -6,7 +6,7 @@ function tables() {
   const wanted = ["ent", "coact", "trans"].some((id) => M0.panes.includes(id));
   if (!V.experts && V.done && wanted) {
     V.experts = {};
-    model.send({ kind: "experts", run: V.id });
+    tell({ kind: "experts", run: V.id });
   }
   return V.experts || {};
 }

@@ -57,7 +57,7 @@ const on = {
     choices();
     palette();
     all();
-    if (m.panes.includes("prompt")) model.send({ kind: "count", text: d.prompt });
+    if (m.panes.includes("prompt")) tell({ kind: "count", text: d.prompt });
   },
   count(m) {
     $("#ptok").textContent = m.pieces.length + m.bos + " tokens";
@@ -101,7 +101,7 @@ const on = {
   },
   async run(m, [experts]) {
     const old = runs.get(m.run);
-    if (!experts.byteLength && (!old || old.n !== m.pieces.length)) return model.send({ kind: "whole", run: m.run });
+    if (!experts.byteLength && (!old || old.n !== m.pieces.length)) return tell({ kind: "whole", run: m.run });
     const run = experts.byteLength
       ? fresh(m)
       : Object.assign(old, { tok: m.pieces, ids: m.ids, lp: m.logprobs, att: new Map() });
@@ -259,8 +259,11 @@ const themed = new MutationObserver(() => {
   });
 });
 themed.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light"] });
-model.send({ kind: "hello" });
+const hello = () => tell({ kind: "hello" });
+model.on("comm_live_update", hello); // the kernel went, or is back: it answers, or cannot be told
+hello();
 function leave() {
+  model.off("comm_live_update", hello);
   model.off("msg:custom", receive);
   resized.disconnect();
   themed.disconnect();

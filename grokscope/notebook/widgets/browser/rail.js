@@ -7,9 +7,12 @@ const ICON = {
   running: ['<path d="M1 0L10 5L1 10Z"/>', "Generating"],
   stopped: ['<path d="M1 1H9V9H1Z"/>', "Stopped"],
   error: ['<path d="M5 0L10 10H0Z"/>', "Failed"],
+  lost: ['<path d="M1 1L9 9M9 1L1 9" stroke="currentColor" stroke-width="2"/>', "No kernel"],
 };
 const busy = () => S.state === "running" || S.state === "waiting";
+const idle = () => !busy() && S.state !== "lost";
 const speed = () => (V.n > V.np && V.seconds > 0 ? (V.n - V.np) / V.seconds : 0);
+const RECONNECT = "Run the cell again to reconnect";
 const three = (x) => (x >= 100 ? x.toFixed(0) : x.toFixed(1));
 
 function ident() {
@@ -17,7 +20,7 @@ function ident() {
   const facts = M0.facts.map((x) => `<span class="fact dim opt">${x}</span>`).join("");
   const v = speed();
   $("#ident").innerHTML =
-    `<b>grokscope</b><span class="fact"><b>${esc(M0.name)}</b></span>${facts}<span class="fact"><span class="dim">numerics</span>${M0.numerics}</span><span class="sp"></span><span class="fact">${v ? three(v) + " tokens/s" : ""}</span><span class="state" role="status" id="state"${S.state === "error" ? ' style="color:var(--bad)"' : ""}><svg viewBox="0 0 10 10">${icon}</svg>${word}</span>`;
+    `<b>grokscope</b><span class="fact"><b>${esc(M0.name)}</b></span>${facts}<span class="fact"><span class="dim">numerics</span>${M0.numerics}</span><span class="sp"></span><span class="fact">${v ? three(v) + " tokens/s" : ""}</span><span class="state" role="status" id="state"${S.state === "lost" ? ` title="${RECONNECT}"` : ""}${S.state === "error" ? ' style="color:var(--bad)"' : ""}><svg viewBox="0 0 10 10">${icon}</svg>${word}</span>`;
 }
 function selbar() {
   $("#o-t").textContent = V.n ? S.t : "–";
@@ -57,7 +60,7 @@ function errors() {
 for (const pane of root.querySelectorAll(".pane")) pane.insertAdjacentHTML("beforeend", '<div class="err"></div>');
 const message = (text) => (text ? `<div class="msg" role="alert">${esc(text)}</div>` : "");
 function promptPane() {
-  $("#b-gen").disabled = busy();
+  $("#b-gen").disabled = !idle();
   $("#b-stop").disabled = !busy();
   const made = Math.max(0, V.n - V.np),
     all = V.max || 1;
@@ -71,6 +74,7 @@ function promptPane() {
     running: `${made} of ${all} tokens, ${three(speed())} tokens/s`,
     stopped: `Stopped at ${made} of ${all} tokens`,
     error: "Nothing was generated",
+    lost: RECONNECT,
   }[S.state];
 }
 function edits() {
@@ -89,7 +93,7 @@ function edits() {
       .join("") || '<div class="dim" style="padding:4px 0">No edits. Add one below, or from a token.</div>';
   const n = S.edits.filter((e) => e.on).length;
   $("#ecount").textContent = S.edits.length ? `${n} of ${S.edits.length} on` : "";
-  $("#b-run").disabled = !n || busy();
+  $("#b-run").disabled = !n || !idle();
 }
 function runList() {
   const rows = [...runs.values()].filter((r) => r.done).reverse();
@@ -104,7 +108,7 @@ function runList() {
 function taps() {
   if (V.done && !V.bytes && M0.panes.includes("export")) {
     V.bytes = {};
-    model.send({ kind: "price", run: V.id });
+    tell({ kind: "price", run: V.id });
   }
   let total = 0;
   $("#taps").innerHTML =
@@ -116,7 +120,7 @@ function taps() {
       })
       .join("") +
     `<tr class="tot"><td colspan="2">Total on disk</td><td class="num"><b style="font-weight:600">${bytes(total)}</b></td></tr>`;
-  $("#b-exp").disabled = !V.done || busy() || S.writing;
+  $("#b-exp").disabled = !V.done || !idle() || S.writing;
   $("#xgt").textContent = S.writing
     ? S.writing.total
       ? `Writing: ${bytes(S.writing.bytes)} of about ${bytes(S.writing.total)}`
@@ -156,7 +160,7 @@ let typing;
 function typed() {
   clearTimeout(typing);
   typing = setTimeout(() => {
-    model.send({ kind: "count", text: $("#pbox").value });
+    tell({ kind: "count", text: $("#pbox").value });
     save();
   }, 150);
 }
@@ -195,7 +199,7 @@ $("#taps").addEventListener("change", (ev) => {
 });
 let clock;
 function generate(edited) {
-  if (busy()) return;
+  if (!idle()) return;
   const { prompt, edits: _, ...options } = draft();
   S.error = {};
   S.written = null;
@@ -210,19 +214,19 @@ function generate(edited) {
     S.message = ((Date.now() - begun) / 1000).toFixed(0);
     promptPane();
   }, 500);
-  model.send({ kind: "generate", prompt, options, edits: edited ? S.edits.filter((e) => e.on) : [] });
+  tell({ kind: "generate", prompt, options, edits: edited ? S.edits.filter((e) => e.on) : [] });
   all();
 }
 $("#b-gen").onclick = () => generate(false);
 $("#b-run").onclick = () => generate(true);
 $("#r-cmp").onclick = () => $("#cmp").scrollIntoView({ behavior: "smooth" });
-$("#b-stop").onclick = () => model.send({ kind: "stop" });
+$("#b-stop").onclick = () => tell({ kind: "stop" });
 $("#b-exp").onclick = () => {
   S.writing = { bytes: 0, total: 0 };
   S.written = null;
   delete S.error.export;
   errors();
-  model.send({
+  tell({
     kind: "export",
     run: V.id,
     taps: Object.keys(S.taps).filter((n) => S.taps[n]),

@@ -164,7 +164,7 @@ root.addEventListener("click", (ev) => {
   if (row) {
     const run = runs.get(+row.dataset.run);
     S.written = null;
-    if (!busy()) S.state = run.finish === "interrupt" ? "stopped" : "ready";
+    if (idle()) S.state = run.finish === "interrupt" ? "stopped" : "ready";
     go(run, run.w0);
     return;
   }

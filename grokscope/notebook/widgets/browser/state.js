@@ -58,6 +58,18 @@ const S = {
   message: "",
 };
 
+// All that the kernel is told. Where there is none any more the page says so, and stays as it is.
+function tell(message) {
+  try {
+    model.send(message);
+  } catch {
+    if (S.state === "lost") return;
+    S.state = "lost";
+    S.writing = null;
+    if (M0) all();
+  }
+}
+
 // Runs
 
 function use(run) {
@@ -133,7 +145,7 @@ function gap(list, w0, end) {
 function ask(run, kind, start) {
   if (run.asked.has(kind + start)) return;
   run.asked.add(kind + start);
-  model.send({ kind, run: run.id, start });
+  tell({ kind, run: run.id, start });
 }
 // Whether the cells of a window are here; asks if not.
 function here(run, w0) {
@@ -168,7 +180,7 @@ function sheet(l) {
   if (found && found !== "asked") return found;
   if (asks() && !found) {
     V.att.set(l, "asked");
-    model.send({ kind: "attention", run: V.id, layer: l });
+    tell({ kind: "attention", run: V.id, layer: l });
   }
   return null;
 }
@@ -179,7 +191,7 @@ function attn(l, h) {
   if (found && found !== "asked") return found;
   if (asks() && !found) {
     V.att.set(key, "asked");
-    model.send({ kind: "head", run: V.id, layer: l, head: h, start: W0 });
+    tell({ kind: "head", run: V.id, layer: l, head: h, start: W0 });
   }
   if (!V.blank || V.blank.n !== WN) V.blank = { M: new Float32Array(WN * WN), n: WN, label: null };
   return V.blank;
