@@ -43,13 +43,16 @@ class Plan:
     def total(self) -> dict[str, int]:
         return {place: sum(row[place] for row in self.rows.values()) for place in ("device", "host", "disk")}
 
+    @property
+    def _about(self) -> str:
+        return f"{self.prompts} prompt{'s' * (self.prompts > 1)}, {self.tokens} tokens"
+
     def _table(self) -> list[tuple[str, ...]]:
         rows = [*self.rows.items(), ("in all", self.total)]
         return [(name, *(look.si(n, "B") for n in row.values())) for name, row in rows]
 
     def __repr__(self) -> str:
-        head = f"{self.prompts} prompts, {self.tokens} tokens"
-        lines = [(head, "device", "host", "disk"), *self._table()]
+        lines = [(self._about, "device", "host", "disk"), *self._table()]
         width = max(len(line[0]) for line in lines)
         rows = [f"{name:{width}}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in lines]
         return "\n".join([*rows, *self._reading()])
@@ -62,7 +65,7 @@ class Plan:
 
     def _repr_html_(self) -> str:
         body = "".join(f"<tr><td>{'</td><td>'.join(line)}</td></tr>" for line in self._table())
-        head = f"<th>{self.prompts} prompts, {self.tokens} tokens</th><th>device</th><th>host</th><th>disk</th>"
+        head = f"<th>{self._about}</th><th>device</th><th>host</th><th>disk</th>"
         read = "".join(f"<p>{line}</p>" for line in self._reading())
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{read}"
 
