@@ -2,6 +2,7 @@
 
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from conftest import small_config, write_random
@@ -9,6 +10,7 @@ from conftest import small_config, write_random
 import grokscope as gs
 from grokscope.checkpoint import ckpt0, tensorfile
 from grokscope.checkpoint.tensorfile import Tensor, TensorFileError
+from grokscope.checkpoint.weights import Pages
 
 
 @pytest.fixture
@@ -197,3 +199,13 @@ def test_sizes_of_grok_1():
     assert round(gs.GROK_1.num_active_parameters / 1e9, 1) == 83.8
     assert gs.GROK_1.ffn_size == 32768
     assert gs.GrokConfig.from_json(gs.GROK_1.to_json()) == gs.GROK_1
+
+
+def test_memory_that_is_taken_as_it_is():
+    """XLA on CPU does not copy it; what is cut from a piece does not overlap."""
+    pages = Pages(1 << 16)
+    made = [pages.empty((3, n), np.dtype(kind)) for n in (1, 50, 40_000, 7) for kind in (np.float32, np.int8)]
+    for number, array in enumerate(made):
+        array[...] = number
+    assert all((array == number).all() for number, array in enumerate(made))
+    assert all(jax.device_put(array).unsafe_buffer_pointer() == array.ctypes.data for array in made)

@@ -88,6 +88,17 @@ def test_attention_in_parts_is_attention_as_a_whole(grok):
     assert (edited["attn_z", 2][600:, 1] == 0).all()
 
 
+def test_logits_in_parts_are_logits_as_a_whole(grok):
+    """Log-probabilities come from parts of a block, unless a hook looks at logits."""
+    tokens = np.arange(500) % 700 + 5
+    whole = grok.trace(tokens, capture="logits")
+    close(grok.trace(tokens).logprobs[1:], whole.logprobs[1:])
+    with grok.edits(gs.scale("logits", 0.0, positions=slice(300, None))):
+        edited = grok.trace(tokens)
+    close(edited.logprobs[1:301], whole.logprobs[1:301])
+    close(edited.logprobs[301:], np.full(199, -np.log(grok.config.vocab_size)))
+
+
 def test_prompts_are_selected(small):
     traces = small.generate(
         [TOKENS, TOKENS[:4], TOKENS], 5, stop_at_eos=False, capture=gs.capture("resid_post", prompts=[0, -1])

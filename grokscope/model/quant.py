@@ -58,12 +58,15 @@ def quantize(weight: np.ndarray, groups: int) -> QuantizedWeight:
     return QuantizedWeight(np.clip(steps, -127, 127).astype(np.int8).reshape(weight.shape), scales)
 
 
-def dequantize(weight: QuantizedWeight, dtype: np.dtype | type = np.float32) -> np.ndarray:
-    """The matrix as numpy `dtype`. float32 products rounded once, so bfloat16 equals a bfloat16 product."""
+def dequantize(weight: QuantizedWeight, out: np.ndarray | None = None) -> np.ndarray:
+    """The matrix as numpy float32, or in `out`, contiguous, in its type: products rounded once, so that bfloat16 equals
+    a bfloat16 product."""
     *lead, k, n = weight.shape
     int8, scales = np.asarray(weight.weight), np.asarray(weight.scales).astype(np.float32)
     grouped = int8.reshape(*lead, weight.num_groups, k // weight.num_groups, n)
-    return np.multiply(grouped, scales[..., None, :], dtype=np.float32).reshape(weight.shape).astype(dtype, copy=False)
+    out = np.empty(weight.shape, np.float32) if out is None else out
+    np.multiply(grouped, scales[..., None, :], out=out.reshape(grouped.shape), dtype=np.float32, casting="unsafe")
+    return out
 
 
 def matmul(x: Float[Array, "*batch K"], w: Weight) -> Float[Array, "*batch N"]:

@@ -29,7 +29,7 @@ from grokscope.model.taps import tap, watched
 
 ATTENTION_CAP = 30.0
 MASKED = -1e30
-SCORES = 1 << 20  # attention scores computed at once, unless somebody looks at them: 4 MB, which stay in a cache
+AT_ONCE = 1 << 20  # attention scores or logits, unless somebody looks at them: 4 MB, which stay in a cache
 MIN_BLOCK = 64  # positions, however many that makes
 NORM_EPS = 1e-5
 ROTARY_BASE = 10000.0
@@ -107,6 +107,17 @@ def rotate(x: Float[Array, "B T N C"], positions: Int[Array, "B T"]) -> Float[Ar
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def in_parts(fn, each: int, *args: Array) -> Array:
+    """fn(*args), arrays over [B, T], for as many positions at a time as make AT_ONCE values of `each` one; 0 is all."""
+    batch, length = args[0].shape[:2]
+    block = 1 << max(AT_ONCE // each, MIN_BLOCK).bit_length() - 1 if each else length
+    if block >= length or length % block:
+        return fn(*args)
+    parts = tuple(jnp.moveaxis(a.reshape(batch, -1, block, *a.shape[2:]), 1, 0) for a in args)
+    done = jax.lax.map(lambda part: fn(*part), parts)
+    return jnp.moveaxis(done, 0, 1).reshape(batch, length, *done.shape[3:])
+
+
 class Attention(Module):
     """Grouped-query attention: query head h reads key-value head h // (H / G)."""
 
@@ -128,13 +139,8 @@ class Attention(Module):
         if heads % axis_size("model") == 0 and groups % axis_size("model"):  # each device takes the one it reads
             copies = math.lcm(groups, axis_size("model")) // groups
             k, v = (constrain(jnp.repeat(a, copies, axis=2), "BSGC") for a in (k, v))
-        block = 1 << max(SCORES // (heads * k.shape[1]), MIN_BLOCK).bit_length() - 1
-        if block >= length or length % block or watched("attn_scores", "attn_pattern"):
-            z = self.read(q, k, v, positions)
-        else:
-            parts = (jnp.moveaxis(a.reshape(batch, -1, block, *a.shape[2:]), 1, 0) for a in (q, positions))
-            z = jax.lax.map(lambda part: self.read(part[0], k, v, part[1]), tuple(parts))
-            z = jnp.moveaxis(z, 0, 1).reshape(q.shape)
+        look = watched("attn_scores", "attn_pattern")
+        z = in_parts(lambda q, at: self.read(q, k, v, at), 0 if look else heads * k.shape[1], q, positions)
         z = tap("attn_z", z)
         return constrain(matmul(z.reshape(batch, length, heads * channels), self.weight("out")), "BTD"), cache
 
@@ -391,6 +397,7 @@ def _pure(method):
 
 embed = _pure(lambda config, tokens: Embedding(config, "embedding").encode(tokens))
 unembed = _pure(lambda config, x: Embedding(config, "embedding").decode(x))
+
 attend_and_route = _pure(lambda config, *inputs: DecoderLayer(config, "layer").attend_and_route(*inputs))
 run_experts = _pure(lambda config, *inputs: DecoderLayer(config, "layer").run_experts(*inputs))
 add_experts = _pure(lambda config, *inputs: DecoderLayer(config, "layer").add_experts(*inputs))
@@ -400,6 +407,20 @@ def layer(config: GrokConfig, params: Params, x, cache: KVCache | None, start, l
     """The three pieces in one: stream [B, T, D], cache, routing."""
     routed, cache = attend_and_route(config, params, x, cache, start)
     return add_experts(config, params, routed, run_experts(config, params, routed, live)), cache, routed
+
+
+def next_logprobs(config: GrokConfig, params: Params, x: Float[Array, "B T D"], following: Int[Array, "B T"]):
+    """Log-probability [B, T], float32, of the token that follows each position."""
+
+    def of(x, following):
+        return logprob(unembed(config, params, x).astype(jnp.float32), following)
+
+    return in_parts(of, 0 if watched("final_norm", "logits") else config.vocab_size, x, following)
+
+
+def logprob(logits: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    own = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+    return own - jax.nn.logsumexp(logits, axis=-1)
 
 
 def initial_params(config: GrokConfig, key: jax.Array) -> tuple[Params, list[Params]]:

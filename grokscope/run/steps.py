@@ -110,8 +110,8 @@ def some_experts(config: GrokConfig, params, routed, live, which: Bool[Array, " 
 def score(config: GrokConfig, stage: Stage, params, x, following: Int[Array, "B T"], start, tokens, live, pools, given):
     """Log-probability [B, T] of each position's next token, and captures."""
     at = _at(stage, start, tokens, live)
-    logits, captured = with_hooks(transformer.unembed, stage)(given, pools, at, config, params, x)
-    return whole(_logprob(logits.astype(jnp.float32), following)), captured
+    found, captured = with_hooks(transformer.next_logprobs, stage)(given, pools, at, config, params, x, following)
+    return whole(found), captured
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -123,11 +123,6 @@ def lens(config: GrokConfig, k: int, params, x: Float[Array, "B T D"], following
     own = jnp.take_along_axis(logits, jnp.maximum(following, 0)[..., None], axis=-1)
     rank = jnp.sum(logits > own, axis=-1, dtype=jnp.int32)
     return best.astype(jnp.int32), logprobs, jnp.where(following < 0, -1, rank)
-
-
-def _logprob(logits: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Float[Array, "*B"]:
-    own = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-    return own - jax.nn.logsumexp(logits, axis=-1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 6))
@@ -163,7 +158,7 @@ def readout(
     logits, captured = with_hooks(transformer.unembed, stage)(given, buffers, at, config, params, x)
     logits = logits[:, 0].astype(jnp.float32)
     tokens = choose(method, logits, state.positions + 1, sampling)
-    state = DecodeState(tokens, _logprob(logits, tokens), state.positions + 1, state.live)
+    state = DecodeState(tokens, transformer.logprob(logits, tokens), state.positions + 1, state.live)
     return jax.tree.map(whole, state), _written(stage, buffers, captured, column)
 
 
