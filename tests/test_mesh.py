@@ -85,6 +85,16 @@ def test_fewer_key_value_heads_than_the_model_axis(tmp_path):
         agree(gs.load(path, mesh="1x8").generate(PROMPTS[1], 4, capture=TAPS), whole)
 
 
+@pytest.mark.slow
+def test_a_long_prompt_on_a_mesh(tmp_path):
+    """Keys are read in turn on each device, two and four heads of them, and logits in parts."""
+    path = write_random(tmp_path / "ckpt", small_config(num_layers=2, num_q_heads=8, sequence_len=1024))
+    prompt = np.arange(700) % 90 + 5
+    whole = gs.load(path).trace(prompt, capture=["attn_z", "resid_post"])
+    for mesh in ("2x4", "1x2"):
+        agree(gs.load(path, mesh=mesh).trace(prompt, capture=["attn_z", "resid_post"]), whole)
+
+
 def test_a_mesh_that_does_not_fit_is_refused_with_those_that_do(random_checkpoint):
     for mesh, why in (("1x3", "3 does not divide the expert width 56"), ("4x4", "16 devices and there are 8"),
                       ("0x2", "takes 0"), ("eight", "data x model")):  # fmt: skip
@@ -130,8 +140,10 @@ def test_activations_travel_and_weights_do_not(tmp_path, mesh, rows):
         y, _ = steps.embed(config, PLAIN, weights.ends, prompt, place[0], live, {}, Given())
         prefill = steps.layer.lower(config, PLAIN, weights.layers[0], y, long, *place, {}, Given()).compile()
         score = steps.score.lower(config, PLAIN, weights.ends, x, at[1], *at, {}, Given()).compile()
+        of_prompt = steps.score.lower(config, PLAIN, weights.ends, y, prompt, *place, {}, Given()).compile()
     found = collectives(layer)
     assert found.pop("all-reduce") == [rows * config.emb_size] * 2
     assert sum(map(sum, found.values())) <= slots * config.num_experts  # router logits, if anything
     assert collectives(prefill) == {"all-reduce": [prompt.size * config.emb_size] * 2}  # attention in parts, too
     assert sum(map(sum, collectives(score).values())) <= 4 * slots
+    assert sum(map(sum, collectives(of_prompt).values())) <= 4 * prompt.size
