@@ -31,7 +31,7 @@ ATTENTION_CAP = 30.0
 MASKED = -1e30
 AT_ONCE = 1 << 20  # attention scores or logits, unless somebody looks at them: 4 MB, which stay in a cache
 MIN_BLOCK = 64  # positions, however many that makes
-KEYS = 256  # of a long cache, read at a time
+KEYS = 256  # of a long cache, read at a time; its length is a power of two (run.decode.cache_length)
 NORM_EPS = 1e-5
 ROTARY_BASE = 10000.0
 
