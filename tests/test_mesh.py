@@ -8,7 +8,7 @@ import pytest
 from conftest import small_config, write_random
 
 import grokscope as gs
-from grokscope.model import sharding
+from grokscope.model import sharding, transformer
 from grokscope.model.transformer import KVCache
 from grokscope.run import steps
 from grokscope.run.hooks import PLAIN, Given
@@ -86,11 +86,12 @@ def test_fewer_key_value_heads_than_the_model_axis(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_long_prompt_on_a_mesh(tmp_path):
-    """Keys are read in turn on each device, two and four heads of them, and logits in parts."""
+def test_a_long_prompt_on_a_mesh(tmp_path, monkeypatch):
+    """Keys are read in turns on each device, by two and by four heads, and logits come in parts."""
     path = write_random(tmp_path / "ckpt", small_config(num_layers=2, num_q_heads=8, sequence_len=1024))
     prompt = np.arange(700) % 90 + 5
     whole = gs.load(path).trace(prompt, capture=["attn_z", "resid_post"])
+    monkeypatch.setattr(transformer, "AT_ONCE", 1 << 14)
     for mesh in ("2x4", "1x2"):
         agree(gs.load(path, mesh=mesh).trace(prompt, capture=["attn_z", "resid_post"]), whole)
 
@@ -125,8 +126,9 @@ def collectives(compiled) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize(("mesh", "rows"), [("1x2", 8), ("2x4", 4), ("1x8", 8)])
-def test_activations_travel_and_weights_do_not(tmp_path, mesh, rows):
+def test_activations_travel_and_weights_do_not(tmp_path, mesh, rows, monkeypatch):
     """A layer sums twice over its model shards, a stream each time; the embedding once; the head gathers scalars."""
+    monkeypatch.setattr(transformer, "AT_ONCE", 1 << 14)  # logits of 128 positions
     path = write_random(tmp_path / "ckpt", small_config(vocab_size=128, num_q_heads=8, num_kv_heads=8))
     grok = gs.load(path, mesh=mesh)
     weights, config, slots = grok._weights, grok.config, 8

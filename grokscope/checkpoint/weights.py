@@ -44,6 +44,7 @@ class Pages:
         self.piece, self._rest, self._lock = piece, np.empty(0, np.uint8), threading.Lock()
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """As np.empty. Threads may share it."""
         size = math.prod(shape) * dtype.itemsize
         with self._lock:
             if size > len(self._rest):

@@ -109,9 +109,9 @@ def rotate(x: Float[Array, "B T N C"], positions: Int[Array, "B T"]) -> Float[Ar
 
 
 def in_parts(fn, each: int, *args: Array) -> Array:
-    """fn(*args), arrays over [B, T], for as many positions at a time as make AT_ONCE values of `each` one; 0 is all."""
+    """fn(*args), arrays over [B, T], for as many positions at a time as make AT_ONCE values of `each` position."""
     batch, length = args[0].shape[:2]
-    block = 1 << max(AT_ONCE // each, MIN_BLOCK).bit_length() - 1 if each else length
+    block = 1 << max(AT_ONCE // each, MIN_BLOCK).bit_length() - 1
     if block >= length or length % block:
         return fn(*args)
     parts = tuple(jnp.moveaxis(a.reshape(batch, -1, block, *a.shape[2:]), 1, 0) for a in args)
@@ -169,13 +169,14 @@ class Attention(Module):
         return per_shard(run, (of_q, of_k, of_k, PartitionSpec(of_q[0])), of_q)(q, k, v, positions)
 
     def read_whole(self, q, k, v, positions) -> Float[Array, "B T H C"]:
+        """As `read`, all keys at once."""
         scores = tap("attn_scores", self.scores(q, k, positions, 0))
         pattern = tap("attn_pattern", jax.nn.softmax(scores, axis=-1)).astype(q.dtype)
         return from_rows(mix(pattern, v), q.shape)
 
     def read_seen(self, q, k, v, positions) -> Float[Array, "B T H C"]:
-        """`read_whole` without the keys behind the last query, KEYS at a time: half of a long prompt (8192 tokens take
-        0.54 to 0.6 of the time, measured). Scores are capped: their exponentials need no largest one to begin with.
+        """As `read`, KEYS keys at a time and none behind the last query: half of a long prompt (8192 tokens take 0.54
+        to 0.6 of the time, measured). Scores are capped: their exponentials need no largest one to begin with.
         """
         batch, length, heads, channels = q.shape
 
@@ -465,9 +466,9 @@ def next_logprobs(config: GrokConfig, params: Params, x: Float[Array, "B T D"], 
     def of(x, following):
         return logprob(unembed(config, params, x).astype(jnp.float32), following)
 
-    # XLA on CPU widens a bfloat16 table, and holds that twice where a loop reads it.
-    look, narrow = watched("final_norm", "logits"), x.dtype == jnp.bfloat16
-    return in_parts(of, 0 if look or narrow else config.vocab_size, x, following)
+    if watched("final_norm", "logits") or x.dtype == jnp.bfloat16:
+        return of(x, following)  # XLA on CPU widens a bfloat16 table, and holds that twice where a loop reads it
+    return in_parts(of, config.vocab_size, x, following)
 
 
 def logprob(logits: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Float[Array, "*B"]:

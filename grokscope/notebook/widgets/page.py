@@ -275,8 +275,8 @@ def _image(plot: Callable, of: Any) -> str:
     plot(of, ax=figure.add_subplot())
     figure.savefig(file, format="png", dpi=100)
     # A third of the bytes, with colours off by at most 4 of 255 (64 layers, measured).
-    palette = Image.open(file).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
-    palette.save(small, "PNG", optimize=True)
+    image = Image.open(file).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+    image.save(small, "PNG", optimize=True)
     data = base64.b64encode(small.getvalue()).decode()
     return f'<img alt="{plot.__name__}" src="data:image/png;base64,{data}">'
 
