@@ -72,7 +72,8 @@ def dequantize(weight: QuantizedWeight, out: np.ndarray | None = None) -> np.nda
 def matmul(x: Float[Array, "*batch K"], w: Weight) -> Float[Array, "*batch N"]:
     """x @ w in the type of x. The products of int8 groups are scaled in float32, then summed."""
     if not isinstance(w, QuantizedWeight):
-        return jnp.matmul(x, w, precision=HIGHEST)
+        rows = x.reshape(x.shape[-1]) if x.size == x.shape[-1] else x  # of [1, K] XLA on CPU makes copies
+        return jnp.matmul(rows, w, precision=HIGHEST).reshape(*x.shape[:-1], w.shape[1])
     groups, (k, n) = w.num_groups, w.shape
     kind = jnp.float32 if jax.default_backend() == "cpu" else x.dtype  # XLA on CPU has no bfloat16 product into float32
     x_groups = x.reshape(*x.shape[:-1], groups, k // groups).astype(kind)

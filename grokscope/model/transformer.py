@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grokscope.config import GrokConfig
 from grokscope.model.params import PARAMS, initializer
 from grokscope.model.quant import HIGHEST, QuantizedWeight, Weight, matmul
-from grokscope.model.sharding import axis_size, constrain, per_shard, spec, zeros
+from grokscope.model.sharding import axis_size, constrain, on_one_device, per_shard, spec, zeros
 from grokscope.model.taps import tap, watched
 
 ATTENTION_CAP = 30.0
@@ -58,22 +58,48 @@ class ExpertList:
 
 
 class KVCache(NamedTuple):
-    """Keys (rotated) and values of one layer for S positions: [B, S, G, C] each."""
+    """Keys (rotated) and values of one layer for S positions: [B, G, S, C] each on a mesh, [B * G, S, C] on one device.
+
+    This is how attention reads them. (With an axis for B alone, XLA on CPU copies the cache of one row four times to
+    write a position.)
+    """
 
     k: jax.Array
     v: jax.Array
 
+    @staticmethod
+    def shape(config: GrokConfig, batch: int, length: int) -> tuple[int, ...]:
+        rows, rest = (batch, config.num_kv_heads), (length, config.key_size)
+        return (math.prod(rows), *rest) if on_one_device() else (*rows, *rest)
+
     @classmethod
     def zeros(cls, config: GrokConfig, batch: int, length: int, dtype) -> "KVCache":
-        shape = (batch, length, config.num_kv_heads, config.key_size)
-        return cls(zeros("BSGC", shape, dtype), zeros("BSGC", shape, dtype))
+        shape = cls.shape(config, batch, length)
+        dims = "BGSC"[-len(shape) :]
+        return cls(zeros(dims, shape, dtype), zeros(dims, shape, dtype))
 
     def write(self, k: Array, v: Array, start: Int[Array, " B"]) -> "KVCache":
         """Positions start .. start + T of each row replaced by k and v [B, T, G, C]."""
-        put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=0))
-        whole = spec("BSGC", self.k.shape)
-        put = per_shard(put, (whole, whole, PartitionSpec(whole[0])), whole)
+        whole, new = spec("BGSC"[-self.k.ndim :], self.k.shape), spec("BTGC", k.shape)
+        put = per_shard(put_rows, (whole, new, PartitionSpec(new[0])), whole)
         return KVCache(put(self.k, k, start), put(self.v, v, start))
+
+    def of_each(self, batch: int) -> tuple[Float[Array, "B G S C"], Float[Array, "B G S C"]]:
+        """Keys and values of each row of a batch."""
+        return tuple(a.reshape(batch, -1, *a.shape[-2:]) for a in self)
+
+
+def put_rows(cache: Float[Array, "*N S C"], new: Float[Array, "B T G C"], start: Int[Array, " B"]) -> Array:
+    batch, length, groups, channels = new.shape
+    rows, new = cache.reshape(-1, *cache.shape[-2:]), by_group(new).reshape(-1, length, channels)
+    if batch == 1:  # the same without a scatter, which takes four steps more
+        return jax.lax.dynamic_update_slice_in_dim(rows, new, start[0], axis=1).reshape(cache.shape)
+    put = jax.vmap(lambda row, own, at: jax.lax.dynamic_update_slice_in_dim(row, own, at, axis=0))
+    return put(rows, new, jnp.repeat(start, groups)).reshape(cache.shape)
+
+
+def by_group(x: Float[Array, "B T G C"]) -> Float[Array, "B G T C"]:
+    return x.transpose(0, 2, 1, 3)
 
 
 class Module(hk.Module):
@@ -136,18 +162,18 @@ class Attention(Module):
         q, k, v = tap("q", rotate(q, positions)), tap("k", rotate(k, positions)), tap("v", v)
         if cache is not None:
             cache = cache.write(k, v, start)
-            k, v = cache
+        k, v = cache.of_each(batch) if cache is not None else (by_group(k), by_group(v))
         if heads % axis_size("model") == 0 and groups % axis_size("model"):  # each device takes the one it reads
             copies = math.lcm(groups, axis_size("model")) // groups
-            k, v = (constrain(jnp.repeat(a, copies, axis=2), "BSGC") for a in (k, v))
+            k, v = (constrain(jnp.repeat(a, copies, axis=1), "BGSC") for a in (k, v))
         z = tap("attn_z", self.read(q, k, v, positions, cached=cache is not None))
         return constrain(matmul(z.reshape(batch, length, heads * channels), self.weight("out")), "BTD"), cache
 
     def read(
         self,
         q: Float[Array, "B T H C"],
-        k: Float[Array, "B S G C"],
-        v: Float[Array, "B S G C"],
+        k: Float[Array, "B G S C"],
+        v: Float[Array, "B G S C"],
         positions: Int[Array, "B T"],
         cached: bool,
     ) -> Float[Array, "B T H C"]:
@@ -158,14 +184,14 @@ class Attention(Module):
         """
         if watched("attn_scores", "attn_pattern"):
             return self.read_whole(q, k, v, positions)
-        if not cached or q.shape[1] == 1 or k.shape[1] <= 2 * KEYS:
-            each = q.shape[2] * k.shape[1]
+        if not cached or q.shape[1] == 1 or k.shape[2] <= 2 * KEYS:
+            each = q.shape[2] * k.shape[2]
             return in_parts(lambda q, at: self.read_whole(q, k, v, at), each, q, positions)
 
         def run(q, k, v, positions):
             return in_parts(lambda q, at: self.read_seen(q, k, v, at), q.shape[2] * KEYS, q, positions)
 
-        of_q, of_k = spec("BTHC", q.shape), spec("BSGC", k.shape)
+        of_q, of_k = spec("BTHC", q.shape), spec("BGSC", k.shape)
         return per_shard(run, (of_q, of_k, of_k, PartitionSpec(of_q[0])), of_q)(q, k, v, positions)
 
     def read_whole(self, q, k, v, positions) -> Float[Array, "B T H C"]:
@@ -182,32 +208,32 @@ class Attention(Module):
 
         def some(index, carry):
             total, z = carry
-            own_k, own_v = (jax.lax.dynamic_slice_in_dim(a, index * KEYS, KEYS, axis=1) for a in (k, v))
+            own_k, own_v = (jax.lax.dynamic_slice_in_dim(a, index * KEYS, KEYS, axis=2) for a in (k, v))
             weights = jnp.exp(self.scores(q, own_k, positions, index * KEYS) - ATTENTION_CAP)
             return total + weights.sum(-1), z + mix(weights.astype(q.dtype), own_v).astype(jnp.float32)
 
-        groups = k.shape[2]
+        groups = k.shape[1]
         none = jnp.zeros((batch, heads, length)), jnp.zeros((batch, groups, heads // groups * length, channels))
         total, z = jax.lax.fori_loop(0, jnp.max(positions) // KEYS + 1, some, none)
         return from_rows((z / total.reshape(*z.shape[:3], 1)).astype(q.dtype), q.shape)
 
-    def scores(self, q, k: Float[Array, "B N G C"], positions, first) -> Float[Array, "B H T N"]:
+    def scores(self, q, k: Float[Array, "B G N C"], positions, first) -> Float[Array, "B H T N"]:
         """Capped scores, float32, against the keys of positions first .. first + N; MASKED behind a query."""
         batch, length, heads, channels = q.shape
-        groups = k.shape[2]
+        groups = k.shape[1]
         # The query heads of a group as more rows of one product: XLA on CPU takes 3 to 5 times as long for the einsum.
         rows = q.reshape(batch, length, groups, -1, channels).transpose(0, 2, 3, 1, 4)
         rows = rows.reshape(batch, groups, -1, channels)
-        scores = jnp.matmul(rows, k.transpose(0, 2, 3, 1), precision=HIGHEST).astype(jnp.float32)
+        scores = jnp.einsum("bgmc,bgnc->bgmn", rows, k, precision=HIGHEST).astype(jnp.float32)
         scores = scores.reshape(batch, heads, length, -1) * (self.config.attn_output_multiplier / ATTENTION_CAP)
-        visible = first + jnp.arange(k.shape[1]) <= positions[:, None, :, None]  # [B, 1, T, N]
+        visible = first + jnp.arange(k.shape[2]) <= positions[:, None, :, None]  # [B, 1, T, N]
         return jnp.where(visible, ATTENTION_CAP * jnp.tanh(scores), MASKED)
 
 
-def mix(weights: Float[Array, "B H T N"], v: Float[Array, "B N G C"]) -> Float[Array, "B G M C"]:
+def mix(weights: Float[Array, "B H T N"], v: Float[Array, "B G N C"]) -> Float[Array, "B G M C"]:
     """Values added up by weight; the rows of each group are its heads' queries."""
     batch, _, _, keys = weights.shape
-    return jnp.matmul(weights.reshape(batch, v.shape[2], -1, keys), v.transpose(0, 2, 1, 3), precision=HIGHEST)
+    return jnp.matmul(weights.reshape(batch, v.shape[1], -1, keys), v, precision=HIGHEST)
 
 
 def from_rows(z: Float[Array, "B G M C"], shape: tuple[int, ...]) -> Float[Array, "B T H C"]:
@@ -272,7 +298,9 @@ def by_expert(
     def run(index, out):
         expert = jnp.sum(index >= ends)
         at = groups.begins[expert] + (index - (ends - tiles)[expert]) * tile
-        done = jax.lax.switch(expert, branches, jax.lax.dynamic_slice_in_dim(rows, at, tile))
+        some = jax.lax.dynamic_slice_in_dim(rows, at, tile)
+        some = some[0] if tile == 1 else some  # of [1, X] XLA on CPU makes copies in every branch
+        done = jax.lax.switch(expert, branches, some).reshape(tile, width)
         return jax.lax.dynamic_update_slice_in_dim(out, done, at, axis=0)
 
     return jax.lax.fori_loop(0, ends[-1], run, jnp.zeros((len(rows), width), rows.dtype))
@@ -306,7 +334,7 @@ def _by_expert_backward(fn, tile, saved, grads):
 by_expert.defvjp(_by_expert_forward, _by_expert_backward)
 
 
-def gate_and_up(rows: Float[Array, "N D"], gate: Weight, up: Weight) -> Float[Array, "N F"]:
+def gate_and_up(rows: Float[Array, "*N D"], gate: Weight, up: Weight) -> Float[Array, "*N F"]:
     return jax.nn.gelu(matmul(rows, gate), approximate=True) * matmul(rows, up)
 
 

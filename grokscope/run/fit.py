@@ -98,10 +98,13 @@ def _fit(config, mesh: str, temporaries: int, context: int, batch: int, capture,
     weights = stored_bytes(config, np.dtype(numerics), form, devices).whole(config)
     sequences = [Sequence(context - 1, 1)] * batch
     slots, length = shapes(sequences, batch, devices)
-    heads = (config.num_kv_heads, config.key_size)
+    heads = config.num_kv_heads
     caches = [  # of the slots, and of the prompt that is prefilled
-        jax.ShapeDtypeStruct((*rows, *heads), np.dtype(numerics), sharding=placed(devices, "BSGC", (*rows, *heads)))
-        for rows in ((slots, length), (1, cache_length(context)))
+        jax.ShapeDtypeStruct(shape, np.dtype(numerics), sharding=placed(devices, "BGSC", shape))
+        for shape in (
+            (slots, heads, length, config.key_size),
+            (1, heads, cache_length(context), config.key_size),
+        )
     ]
     stream = 2 * sum(block_lengths(context)) * config.emb_size * np.dtype(numerics).itemsize  # into a layer, and out
     hooks = Hooks(config, captures.resolve(capture, config), (), sequences)
@@ -146,7 +149,8 @@ def temporaries(config: GrokConfig, mesh: str, context: int, batch: int, numeric
         return jax.ShapeDtypeStruct(shape, dtype, sharding=placed(devices, dims, shape))
 
     def cache(rows: int, positions: int) -> KVCache:
-        one = array("BSGC", (rows, positions, config.num_kv_heads, config.key_size))
+        shape = KVCache.shape(config, rows, positions)
+        one = array("BGSC"[-len(shape) :], shape)
         return KVCache(one, one)
 
     block = min(b for b in BLOCKS if b >= min(context, BLOCKS[-1]))

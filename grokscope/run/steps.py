@@ -240,7 +240,8 @@ def seated_cache(cache: transformer.KVCache, row: transformer.KVCache, slot) -> 
     """The cache of one prompt, of the same length or shorter, in place of the slot's."""
 
     def put(all_, one):
-        return constrain(jax.lax.dynamic_update_slice(all_, one, (slot, 0, 0, 0)), "BSGC")
+        at = (slot * len(one), *[0] * (one.ndim - 1))
+        return constrain(jax.lax.dynamic_update_slice(all_, one, at), "BGSC")
 
     return jax.tree.map(put, cache, row)
 
