@@ -65,6 +65,11 @@ def on_one_device() -> bool:
     return axis_size("data") * axis_size("model") == 1
 
 
+def on_its_own() -> bool:
+    """Whether arrays are those of one device: without a mesh, or inside of `per_shard`."""
+    return on_one_device() or bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def axis_size(axis: str) -> int:
     """Length of an axis of the mesh in force; 1 without one."""
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
