@@ -18,7 +18,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sizes(checkpoint):
-    return stored_bytes(gs.load(checkpoint).config, np.dtype(np.float32), "expanded")
+    return stored_bytes(gs.load(checkpoint).config, np.dtype(np.float32), "int8")
 
 
 def equal(one: gs.Trace, other: gs.Trace) -> None:
@@ -31,7 +31,7 @@ def equal(one: gs.Trace, other: gs.Trace) -> None:
 def test_streamed_is_resident(checkpoint, sizes, experts):
     """To the bit, whatever the budget keeps."""
     memory = sizes.least + (4 * sizes.attention + experts * sizes.expert if experts else 0)
-    resident, streamed = gs.load(checkpoint), gs.load(checkpoint, weights="streamed", memory=memory)
+    resident, streamed = gs.load(checkpoint, weights="int8"), gs.load(checkpoint, weights="streamed", memory=memory)
     for one, other in zip(
         streamed.generate(PROMPTS, 6, capture=TAPS, batch_size=3),
         resident.generate(PROMPTS, 6, capture=TAPS, batch_size=3),
@@ -43,7 +43,10 @@ def test_streamed_is_resident(checkpoint, sizes, experts):
 
 @pytest.mark.slow
 def test_hooks_inside_the_experts_and_edits(checkpoint, sizes):
-    resident, streamed = gs.load(checkpoint), gs.load(checkpoint, weights="streamed", memory=sizes.least)
+    resident, streamed = (
+        gs.load(checkpoint, weights="int8"),
+        gs.load(checkpoint, weights="streamed", memory=sizes.least),
+    )
     for one, other in zip(
         streamed.generate(PROMPTS, 6, capture="expert_hidden", batch_size=3),
         resident.generate(PROMPTS, 6, capture="expert_hidden", batch_size=3),
@@ -108,7 +111,7 @@ def test_budgets_that_are_none(checkpoint, sizes):
 
 def test_a_file_that_goes_missing_says_so_and_the_model_goes_on(tmp_path):
     path = write_random(tmp_path / "ckpt", small_config(num_layers=2))
-    grok = gs.load(path, weights="streamed", memory=300_000)
+    grok = gs.load(path, weights="streamed", memory=100_000)
     wanted = grok.trace([7, 8])
     lost = path / "ckpt-0" / "tensor00002_000"
     lost.rename(tmp_path / "away")

@@ -163,9 +163,8 @@ def load(
     mesh = mesh or (f"1x{len(jax.devices())}" if jax.process_count() > 1 else None)
     dtype, devices = jax.numpy.dtype(numerics), mesh and make_mesh(mesh, checkpoint.config)
     if weights == "streamed":
-        form = "expanded" if jax.default_backend() == "cpu" else "int8"
         budget = streaming_memory(devices) if memory is None else as_bytes(memory, "memory")
-        loaded = Streamed(Reader(checkpoint, dtype, form, devices), budget)
+        loaded = Streamed(Reader(checkpoint, dtype, "int8", devices), budget)
     else:
         reader = Reader(checkpoint, dtype, weights or default_form(checkpoint.config, dtype), devices)
         loaded = load_weights(reader, progress)
