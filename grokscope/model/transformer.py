@@ -258,15 +258,15 @@ def tile_size(num_tokens: int, int8: bool) -> int:
     """Rows that one product of an expert, kept as int8 or not, takes: fixed by the shape of the call, never by how
     tokens are routed.
 
-    An accelerator reads an expert once for all tokens of a decode step. On CPU a product with one row reads 25 GB/s and
-    with eight 10 (of float32, D 512 to 1368), and a second row finds the matrix in the cache: rows go one by one. Of
-    more rows there, tiles of three eighths of what an expert takes on average (of 2 in 8) were best or near it at
-    all sizes tried; int8 is widened for every tile, and takes the average.
+    An accelerator reads an expert once for all tokens of a decode step. On CPU few rows go one by one: such a product
+    reads fastest, and a second row finds the matrix in the cache; eight go by fours, as int8 does, which is widened
+    for every tile. Of more rows there, tiles of three eighths of what an expert takes on average (of 2 in 8) were best
+    or near it at all sizes tried, and for int8 of the average.
     """
     if jax.default_backend() != "cpu":
         return num_tokens if num_tokens <= 32 else max(num_tokens // 8, min(num_tokens // 4, 32))
     if num_tokens <= 8:
-        return 1
+        return min(num_tokens, 4) if int8 or num_tokens > 4 else 1
     return max(num_tokens // 4, 8) if int8 else -(-3 * num_tokens // 256) * 8
 
 
