@@ -23,6 +23,7 @@ import numpy as np
 from side_by_side import Contender, in_turns, ratio
 
 from grokscope.checkpoint.rehearse import rehearse
+from grokscope.checkpoint.weights import default_form
 from grokscope.config import GrokConfig
 
 MINI = Path(__file__).parent.parent / "checkpoints" / "grok-1-mini"
@@ -49,9 +50,9 @@ def measured(made: dict[str, Contender], tasks: list[str], rounds: int) -> dict[
 def decode(path: Path, rounds: int) -> None:
     """Steps and forward passes against the peers, and against memory bandwidth and matrix products."""
     config = GrokConfig.read(path / "config.json")
+    default = default_form(config, np.dtype(np.float32))
     made = {
-        "grokscope": Contender(contenders.grokscope, path),
-        "grokscope int8": Contender(contenders.grokscope, path, "int8"),
+        **{f"grokscope {form}": Contender(contenders.grokscope, path, form) for form in ("expanded", "int8")},
         "Mixtral": Contender(contenders.mixtral, config, "eager"),
         "Mixtral grouped_mm": Contender(contenders.mixtral, config, "grouped_mm"),
         "released": Contender(contenders.released, path),
@@ -62,18 +63,18 @@ def decode(path: Path, rounds: int) -> None:
     found = measured(made, tasks, rounds)
     best = {name: min(before[name], limit(name)) for name in before}
     print(f"\n{path.name}: D {config.emb_size}, {config.num_layers} layers, F {config.ffn_size}, float32")
-    print(f"reads {1 / best['read']:.1f} GB/s, products {1 / best['product']:.0f} GFLOP/s")
+    print(f"reads {1 / best['read']:.1f} GB/s, products {1 / best['product']:.0f} GFLOP/s; by default {default}")
     n = config.dims
     active = config.num_active_parameters  # read once a step, multiplied once a token
     work = 2 * 512 * active + n["L"] * 2 * 512 * 512 * n["HC"]  # attention: the causal half of two products
     floors = {"decode 1": 4 * active / 1e9 * best["read"], "prefill 512": work / 1e9 * best["product"]}
     row("", "ms", "share of the limit", "grokscope takes, of it")
     for task in tasks:
-        ours = found["grokscope", task]
+        ours = found[f"grokscope {default}", task]
         for name in made:
             took = found[name, task]
             share = f"{floors[task] / np.median(took):.2f}" if task in floors and "int8" not in name else ""
-            against = "" if name == "grokscope" else ratio(ours, took)
+            against = "" if name == f"grokscope {default}" else ratio(ours, took)
             row(f"{task}, {name}", f"{1e3 * np.median(took):.1f}", share, against)
     for one in (*made.values(), limit):
         one.close()
@@ -153,7 +154,8 @@ def waiting(rounds: int) -> None:
     for option in (at(0), None):
         first_token(capture=option)
     row("another layer of a capture", f"{statistics.median(first_token(capture=at(i)) for i in range(1, 6)):.3f}")
-    row("another set of captures", f"{first_token(capture=['q', at(1)]):.3f}")
+    row("another set of captures", f"{first_token(capture=['q', 'resid_post']):.3f}")
+    row("  other ones at one layer", f"{first_token(capture=['q', at(1)]):.3f}")
     took = []
     for i in range(6):
         with grok.edits(gs.scale("attn_z", 0.1 * i, layers=i, heads=0)):

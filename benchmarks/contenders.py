@@ -62,7 +62,7 @@ def limits() -> Tasks:
     }
 
 
-def grokscope(path: Path, weights: str = "expanded") -> Tasks:
+def grokscope(path: Path, weights: str | None = None) -> Tasks:
     import grokscope as gs
 
     grok = gs.load(path, weights=weights)

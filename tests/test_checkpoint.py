@@ -10,7 +10,8 @@ from conftest import small_config, write_random
 import grokscope as gs
 from grokscope.checkpoint import ckpt0, tensorfile
 from grokscope.checkpoint.tensorfile import Tensor, TensorFileError
-from grokscope.checkpoint.weights import Pages
+from grokscope.checkpoint.weights import Pages, default_form
+from grokscope.model import quant
 
 
 @pytest.fixture
@@ -164,6 +165,34 @@ def test_any_number_of_scale_groups(tmp_path, groups):
         gs.load(directory, weights=w).trace(ids, capture="logits")["logits"] for w in ("expanded", "int8")
     )
     np.testing.assert_allclose(expanded, kept, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 8])
+@pytest.mark.parametrize("rows", [(), (1,), (5,), (2, 3)])
+def test_a_product_of_int8_is_that_of_its_float32(monkeypatch, groups, rows):
+    """Whole, and a part of a group at a time."""
+    rng = np.random.default_rng(0)
+    weight = quant.quantize(rng.standard_normal((48, 16)), groups)
+    x = rng.standard_normal((*rows, 48)).astype(np.float32)
+    for at_once in (quant.WIDENED, 70):
+        monkeypatch.setattr(quant, "WIDENED", at_once)
+        found = quant.matmul(jax.numpy.asarray(x), jax.tree.map(jax.numpy.asarray, weight))
+        np.testing.assert_allclose(found, x @ quant.dequantize(weight), atol=1e-5)
+
+
+def test_a_large_matrix_is_widened_in_parts():
+    """Of 64 MB in float32, a third at most is there at a time."""
+    weight = quant.QuantizedWeight(
+        jax.ShapeDtypeStruct((4096, 4096), np.int8), jax.ShapeDtypeStruct((8, 4096), jax.numpy.bfloat16)
+    )
+    for rows in ((4096,), (1, 7, 4096)):
+        lowered = jax.jit(quant.matmul).lower(jax.ShapeDtypeStruct(rows, np.float32), weight)
+        assert lowered.compile().memory_analysis().temp_size_in_bytes < 22e6
+
+
+def test_what_is_large_stays_int8(random_checkpoint):
+    assert default_form(gs.load(random_checkpoint).config, np.dtype(np.float32)) == "expanded"
+    assert default_form(gs.GROK_1, np.dtype(np.float32)) == "int8"
 
 
 def test_hash_sees_a_router_and_a_size(checkpoint):

@@ -100,6 +100,9 @@ def _in_blocks(x: Float[Array, "*batch K"], w: QuantizedWeight) -> Float[Array, 
     """
     k, n = w.shape
     block = group = k // w.num_groups
+    if k * n <= WIDENED:
+        wide = w.weight.reshape(-1, group, n).astype(x.dtype) * w.scales[:, None].astype(x.dtype)
+        return jnp.matmul(x, wide.reshape(k, n), precision=HIGHEST)
     while block * n > WIDENED and block % 2 == 0:
         block //= 2
 
