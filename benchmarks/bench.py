@@ -155,7 +155,7 @@ def waiting(rounds: int) -> None:
         first_token(capture=option)
     row("another layer of a capture", f"{statistics.median(first_token(capture=at(i)) for i in range(1, 6)):.3f}")
     row("another set of captures", f"{first_token(capture=['q', 'resid_post']):.3f}")
-    row("  other ones at one layer", f"{first_token(capture=['q', at(1)]):.3f}")
+    row("  that differs between layers", f"{first_token(capture=['k', gs.capture('moe_out', layers=1)]):.3f}")
     took = []
     for i in range(6):
         with grok.edits(gs.scale("attn_z", 0.1 * i, layers=i, heads=0)):

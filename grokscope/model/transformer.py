@@ -86,7 +86,8 @@ class KVCache(NamedTuple):
 
     def of_each(self, batch: int) -> tuple[Float[Array, "B G S C"], Float[Array, "B G S C"]]:
         """Keys and values of each row of a batch."""
-        return tuple(a.reshape(batch, -1, *a.shape[-2:]) for a in self)
+        k, v = (a.reshape(batch, -1, *a.shape[-2:]) for a in self)
+        return k, v
 
 
 def put_rows(cache: Float[Array, "*N S C"], new: Float[Array, "B T G C"], start: Int[Array, " B"]) -> Array:
