@@ -73,7 +73,7 @@ def dequantize(weight: QuantizedWeight, out: np.ndarray | None = None) -> np.nda
 
 
 def matmul(x: Float[Array, "*batch K"], w: Weight) -> Float[Array, "*batch N"]:
-    """x @ w in the type of x. The products of int8 groups are scaled in float32, then summed."""
+    """x @ w in the type of x; of int8 scaled and added up in float32."""
     rows = x.reshape(x.shape[-1]) if x.size == x.shape[-1] else x  # of [1, K] XLA on CPU makes copies
     if not isinstance(w, QuantizedWeight):
         out = jnp.matmul(rows, w, precision=HIGHEST)
@@ -93,10 +93,11 @@ def _in_groups(x: Float[Array, "*batch K"], w: QuantizedWeight) -> Float[Array, 
 
 
 def _in_blocks(x: Float[Array, "*batch K"], w: QuantizedWeight) -> Float[Array, "*batch N"]:
-    """A group, or a part of one of at most WIDENED values, at a time: their float32 stays in a cache.
+    """One product with a matrix of at most WIDENED values, scaled; of a larger one a group, halved until it is no
+    larger, at a time.
 
-    For XLA on CPU, where one product over all groups is slow, and the float32 of a matrix of Grok-1's width new memory
-    each time: there a row takes 12 ms instead of 220 and 128 rows 216 instead of 662, measured on two cores.
+    For XLA on CPU: products over groups are slow there, and the float32 of a matrix of Grok-1's width is new memory each
+    time, where a part stays in a cache: a row takes 12 ms instead of 220, 128 rows 216 instead of 662 (two cores).
     """
     k, n = w.shape
     block = group = k // w.num_groups
