@@ -96,8 +96,8 @@ def _in_blocks(x: Float[Array, "*batch K"], w: QuantizedWeight) -> Float[Array, 
     """One product with a matrix of at most WIDENED values, scaled; of a larger one a group, halved until it is no
     larger, at a time.
 
-    For XLA on CPU: products over groups are slow there, and the float32 of a matrix of Grok-1's width is new memory each
-    time, where a part stays in a cache: a row takes 12 ms instead of 220, 128 rows 216 instead of 662 (two cores).
+    For XLA on CPU: products over groups are slow there, and the float32 of a matrix of Grok-1's width is new memory
+    each time, where a part stays in a cache: a row takes 12 ms instead of 220, 128 rows 216 instead of 662 (two cores).
     """
     k, n = w.shape
     block = group = k // w.num_groups
