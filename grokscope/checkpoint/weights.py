@@ -198,8 +198,8 @@ class Weights:
 def default_form(config: GrokConfig, dtype: np.dtype) -> Form:
     """Expanded on CPU where that takes at most EXPANDED bytes; int8 elsewhere.
 
-    Expanded, grok-1-mini makes a token in 0.55 of the time. Of what is larger, all that a token takes is read from
-    memory, and as int8 it is a quarter: of 576 MB 0.75 of the time, a prompt of 512 1.03 (measured on two cores).
+    Expanded, grok-1-mini makes a token in 0.5 to 0.8 of the time. A larger model is read from memory for each token,
+    and int8 is a quarter: of 576 MB a token takes 0.78 of the time, a prompt of 512 1.07 (measured on two cores).
     """
     small = config.num_parameters * dtype.itemsize <= EXPANDED
     return "expanded" if small and jax.default_backend() == "cpu" else "int8"

@@ -97,7 +97,7 @@ def _in_blocks(x: Float[Array, "*batch K"], w: QuantizedWeight) -> Float[Array, 
     larger, at a time.
 
     For XLA on CPU: products over groups are slow there, and the float32 of a matrix of Grok-1's width is new memory
-    each time, where a part stays in a cache: a row takes 12 ms instead of 220, 128 rows 216 instead of 662 (two cores).
+    each time, where a part stays in a cache: one row takes 12 to 54 ms instead of 220, 128 rows 216 instead of 662.
     """
     k, n = w.shape
     block = group = k // w.num_groups

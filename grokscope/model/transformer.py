@@ -68,19 +68,28 @@ class KVCache(NamedTuple):
     v: jax.Array
 
     @staticmethod
-    def shape(config: GrokConfig, batch: int, length: int) -> tuple[int, ...]:
-        rows, rest = (batch, config.num_kv_heads), (length, config.key_size)
-        return (math.prod(rows), *rest) if on_one_device() else (*rows, *rest)
+    def sizes(config: GrokConfig, batch: int, length: int) -> tuple[int, int, int, int]:
+        """[B, G, S, C]."""
+        return batch, config.num_kv_heads, length, config.key_size
+
+    @classmethod
+    def shape(cls, config: GrokConfig, batch: int, length: int) -> tuple[int, ...]:
+        """As it is held on the mesh in force."""
+        batch, groups, *rest = cls.sizes(config, batch, length)
+        return (batch * groups, *rest) if on_one_device() else (batch, groups, *rest)
+
+    @staticmethod
+    def dims(shape: tuple[int, ...]) -> str:
+        return "BGSC"[-len(shape) :]
 
     @classmethod
     def zeros(cls, config: GrokConfig, batch: int, length: int, dtype) -> "KVCache":
         shape = cls.shape(config, batch, length)
-        dims = "BGSC"[-len(shape) :]
-        return cls(zeros(dims, shape, dtype), zeros(dims, shape, dtype))
+        return cls(zeros(cls.dims(shape), shape, dtype), zeros(cls.dims(shape), shape, dtype))
 
     def write(self, k: Array, v: Array, start: Int[Array, " B"]) -> "KVCache":
         """Positions start .. start + T of each row replaced by k and v [B, T, G, C]."""
-        whole, new = spec("BGSC"[-self.k.ndim :], self.k.shape), spec("BTGC", k.shape)
+        whole, new = spec(self.dims(self.k.shape), self.k.shape), spec("BTGC", k.shape)
         put = per_shard(put_rows, (whole, new, PartitionSpec(new[0])), whole)
         return KVCache(put(self.k, k, start), put(self.v, v, start))
 
@@ -91,6 +100,7 @@ class KVCache(NamedTuple):
 
 
 def put_rows(cache: Float[Array, "*N S C"], new: Float[Array, "B T G C"], start: Int[Array, " B"]) -> Array:
+    """The cache with positions start .. start + T of each row of the batch replaced."""
     batch, length, groups, channels = new.shape
     rows, new = cache.reshape(-1, *cache.shape[-2:]), by_group(new).reshape(-1, length, channels)
     if batch == 1:  # the same without a scatter, which takes four steps more

@@ -98,13 +98,9 @@ def _fit(config, mesh: str, temporaries: int, context: int, batch: int, capture,
     weights = stored_bytes(config, np.dtype(numerics), form, devices).whole(config)
     sequences = [Sequence(context - 1, 1)] * batch
     slots, length = shapes(sequences, batch, devices)
-    heads = config.num_kv_heads
     caches = [  # of the slots, and of the prompt that is prefilled
         jax.ShapeDtypeStruct(shape, np.dtype(numerics), sharding=placed(devices, "BGSC", shape))
-        for shape in (
-            (slots, heads, length, config.key_size),
-            (1, heads, cache_length(context), config.key_size),
-        )
+        for shape in (KVCache.sizes(config, slots, length), KVCache.sizes(config, 1, cache_length(context)))
     ]
     stream = 2 * sum(block_lengths(context)) * config.emb_size * np.dtype(numerics).itemsize  # into a layer, and out
     hooks = Hooks(config, captures.resolve(capture, config), (), sequences)
@@ -150,7 +146,7 @@ def temporaries(config: GrokConfig, mesh: str, context: int, batch: int, numeric
 
     def cache(rows: int, positions: int) -> KVCache:
         shape = KVCache.shape(config, rows, positions)
-        one = array("BGSC"[-len(shape) :], shape)
+        one = array(KVCache.dims(shape), shape)
         return KVCache(one, one)
 
     block = min(b for b in BLOCKS if b >= min(context, BLOCKS[-1]))

@@ -240,7 +240,7 @@ def seated_cache(cache: transformer.KVCache, row: transformer.KVCache, slot) -> 
     """The cache of one prompt, of the same length or shorter, in place of the slot's."""
 
     def put(all_, one):
-        at = (slot * len(one), *[0] * (one.ndim - 1))
+        at = (slot * len(one), *[0] * (one.ndim - 1))  # len(one): the groups of a row, where these are merged with B
         return constrain(jax.lax.dynamic_update_slice(all_, one, at), "BGSC")
 
     return jax.tree.map(put, cache, row)
