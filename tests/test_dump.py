@@ -253,6 +253,33 @@ def test_the_device_bytes_of_a_plan(random_checkpoint, monkeypatch):
     assert found[0] - found[2] == pytest.approx(more - less, rel=0.03)
 
 
+def test_captures_of_a_prompt_leave_layer_by_layer(grok, monkeypatch):
+    """The same, and the device holds no more of them than a plan says, in prompts of several blocks too."""
+    import jax
+
+    from grokscope.run import landing
+
+    wishes, prompt, found = ["attn_pattern", gs.capture("resid_post", positions=[3, -2])], [5] * 600, []
+    send = landing.Landing.send
+
+    def sending(self, *args):
+        alive = {a.unsafe_buffer_pointer(): a.nbytes for a in jax.live_arrays()}
+        found.append(sum(alive.values()))
+        send(self, *args)
+
+    whole = grok.trace(prompt, capture=wishes)
+    monkeypatch.setattr(landing, "ON_THEIR_WAY", 0)
+    monkeypatch.setattr(landing.Landing, "send", sending)
+    plain = [grok.trace(prompt, capture="router_logits"), max(found)][1]
+    found.clear()
+    one_by_one = grok.trace(prompt, capture=wishes)
+    more, less = (grok.plan([prompt], capture=wish).total for wish in (wishes, "router_logits"))
+    for key, value in whole.taps.items():
+        np.testing.assert_array_equal(one_by_one.taps[key], value)
+    assert more["device"] < more["host"]
+    assert more["device"] / 2 < max(found) - plain <= more["device"] - less["device"]
+
+
 def test_the_price_of_grok_1(grok):
     """Figures of the design: routing 3 KiB a token at full size."""
     from grokscope.run import captures, plan, staging

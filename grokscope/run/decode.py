@@ -26,7 +26,8 @@ from grokscope.model.transformer import MASKED, KVCache
 from grokscope.run import steps
 from grokscope.run.captures import Kept
 from grokscope.run.hooks import CaptureKind, Stage
-from grokscope.run.layers import Work, run_layer
+from grokscope.run.landing import Landing, sent, up_to
+from grokscope.run.layers import Captured, Work, run_layer
 from grokscope.run.sampling import Sampling
 from grokscope.run.staging import Hooked, Hooks
 from grokscope.run.steps import COLUMNS, DecodeState
@@ -51,7 +52,7 @@ class Job:
       captures: {key: numpy [L,] dims}, when it is done.
       slot, first_step: where and from which decode step on it ran.
       glimpse: (key, whether of the prompt) -> what is captured so far while it runs, see `Run.glimpse`.
-      blocks: (first position, log-probabilities and captures {key: [of each layer]}) of its prompt, on their way.
+      scored, landing: log-probabilities of each block of its prompt, and its captures, on their way.
       chunks: captures that are here: of its prompt, then of its generated tokens.
       pools: its pools, one dictionary for each stage of a pass.
     """
@@ -67,7 +68,8 @@ class Job:
     slot: int = 0
     first_step: int = 0
     glimpse: Callable[[str, bool], np.ndarray] | None = None
-    blocks: list[tuple] = dataclasses.field(default_factory=list)
+    scored: list[jax.Array] = dataclasses.field(default_factory=list)
+    landing: Landing | None = None
     chunks: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)
     pools: list[dict] = dataclasses.field(default_factory=list)
 
@@ -107,7 +109,7 @@ class _Pass:
         self.at = [(begins[i : i + 1], padded[:, cut], live[:, cut]) for i, cut in enumerate(cuts)]
         self.xs: list[jax.Array] = []
         self.caches: list[KVCache] = []
-        self.captures: list[list] = [[] for _ in cuts]
+        self.lenses: list[list[tuple[CaptureKind, int | None, jax.Array]]] = [[] for _ in cuts]  # read out at the end
 
 
 class Run:
@@ -131,7 +133,7 @@ class Run:
         self.waiting = deque(jobs if todo is None else todo)
         self.slots: list[Job | None] = [None] * self.num_slots
         self.ready: deque[Job] = deque()
-        self.landing: Job | None = None  # its prompt's captures are on their way
+        self.arriving: Job | None = None  # the last of its prompt's captures are on their way
         self.segments: list[tuple[Job, int, int]] = []  # steps of jobs that left their slot since the last flush
         self.pending: tuple[dict, list] | None = None  # the last chunk, on its way, and the segments in it
         self.step = 0
@@ -201,7 +203,7 @@ class Run:
         self.slots[job.slot] = None
         self.state = steps.retired(self.state, job.slot)
         if any(self._decode_pools()):
-            taken = _sent(steps.taken(self._decode_pools(), job.slot))
+            taken = sent(steps.taken(self._decode_pools(), job.slot))
             job.pools = [own | of_slot for own, of_slot in zip(job.pools, taken, strict=True)]
         if not self.captures_decode or job.first_step == self.step:
             self._done(job)
@@ -220,7 +222,7 @@ class Run:
                 self.waiting.popleft()
                 job.tokens = job.prompt.tolist()
                 self._land()
-                self.landing = job
+                self.arriving = job
                 if first is None:
                     job.finish = "length"
                     continue
@@ -262,6 +264,8 @@ class Run:
             run_layer(self.config, self.weights, layer, works)
             for one, work in zip(passes, works, strict=True):
                 one.job.pools.append(work.pools)
+                for block, captured in enumerate(work.captures):
+                    self._send(one, block, layer, captured)
                 if one.job.limit:
                     one.caches.append(work.cache)
         return [(one.caches, self._score(one)) for one in passes]
@@ -269,16 +273,18 @@ class Run:
     def _embed(self, one: "_Pass") -> None:
         stage, given = one.hooked.embed
         pools = self.hooks.pools(stage, 1)
+        one.job.landing = Landing(self.hooks, one.job.row, [(int(start[0]), live.size) for start, _, live in one.at])
         for i, (start, tokens, live) in enumerate(one.at):
             x, captured = steps.embed(self.config, stage, self.weights.ends, tokens, start, live, pools, given)
-            pools = _split(one.hooked.embed, captured, one.captures[i])
+            pools, captured = _split(stage, captured)
+            self._send(one, i, None, captured)
             one.xs.append(x)
         one.job.pools = [pools]
 
     def _work(self, one: "_Pass", layer: int) -> Work:
         stage, given = one.hooked.layers[layer]
         cache = KVCache.zeros(self.config, 1, cache_length(len(one.job.prompt)), self.dtype)
-        return Work(stage, given, one.at, one.xs, cache, self.hooks.pools(stage, 1), one.captures)
+        return Work(stage, given, one.at, one.xs, cache, self.hooks.pools(stage, 1), [[] for _ in one.at])
 
     def _score(self, one: "_Pass") -> DecodeState | None:
         job, (stage, given), last = one.job, one.hooked.head, len(one.job.prompt) - 1
@@ -290,13 +296,30 @@ class Run:
             targets = following[:, start[0] : start[0] + tokens.shape[1]]
             place = (start, tokens, live, pools, given)
             logprobs, captured = steps.score(self.config, stage, self.weights.ends, x, np.maximum(targets, 0), *place)
-            pools = _split(one.hooked.head, captured, one.captures[i])
+            pools, captured = _split(stage, captured)
+            self._send(one, i, None, captured)
+            job.scored.append(sent(logprobs))
             if first is not None and i == len(one.xs) - 1 and self.hooks.lenses:
                 targets = steps.noted(targets, first, last - start[0])
-            captured = self._by_key(one.captures[i], targets, job.row, start)
-            job.blocks.append((int(start[0]), *_sent((logprobs, steps.gathered(captured)))))
+            for kind, layer, value in one.lenses[i]:
+                following = targets
+                if kind.positions:
+                    positions = self.hooks.padded_positions(kind.key, job.row)
+                    following = targets[:, np.clip(positions - start[0], 0, targets.shape[1] - 1)]
+                job.landing.send(i, layer, self._read(kind, value, following))
         job.pools.append(pools)
         return first
+
+    def _send(self, one: "_Pass", block: int, layer: int | None, captured: list[Captured]) -> None:
+        """What a block of a prompt captured at a place to the host; lenses wait until it is known what follows."""
+        one.lenses[block] += [(kind, layer, value) for kind, _, value in captured if kind.reduce == "lens"]
+        one.job.landing.send(block, layer, {key: value for kind, key, value in captured if kind.reduce != "lens"})
+
+    def _read(self, kind: CaptureKind, value: jax.Array, following) -> dict[str, jax.Array]:
+        """A lens read out."""
+        return dict(
+            zip(kind.outputs, steps.lens(self.config, kind.k, self.weights.ends, value, following), strict=True)
+        )
 
     def _first(self, job: Job, x: jax.Array, last: int, hooked: Hooked) -> DecodeState:
         """The first generated token, drawn from the last position of the prompt."""
@@ -360,7 +383,7 @@ class Run:
         )
         if self.targets is not None:
             self.targets = steps.noted(self.targets, self.state, column)
-        _sent((self.state.tokens, self.state.logprobs))
+        sent((self.state.tokens, self.state.logprobs))
         self.step += 1
         if self.step % COLUMNS == 0 and self.captures_decode:
             self._flush()
@@ -383,53 +406,28 @@ class Run:
         captures: list = []
         buffers = [self.embed_buffers, *self.layer_buffers, self.head_buffers]
         for stage, own in zip(self._decode_stages(), buffers, strict=True):
-            _split((stage, None), own, captures)
+            captures += _split(stage, own)[1]
         begin = self.step - (self.step % COLUMNS or COLUMNS)
         running = [(job, max(job.first_step, begin), self.step) for job in self.slots if job]
-        chunk = _sent(steps.stacked(self._by_key(captures, self.targets, None, None)))
-        self.pending = chunk, [*self.segments, *running]
-        self.segments = []
-
-    def _by_key(self, captures: list[tuple[CaptureKind, str, jax.Array]], targets, prompt: int | None, start) -> dict:
-        """{key: [of each layer]} of the captures of a block or of a chunk, lenses read out."""
         by_key: dict[str, list[jax.Array]] = {}
         for kind, key, value in captures:
-            if kind.reduce != "lens":
-                by_key.setdefault(key, []).append(value)
-                continue
-            following = targets
-            if kind.positions:
-                positions = self.hooks.padded_positions(kind.key, prompt)
-                following = targets[:, np.clip(positions - start[0], 0, targets.shape[1] - 1)]
-            read = steps.lens(self.config, kind.k, self.weights.ends, value, following)
-            for name, output in zip(kind.outputs, read, strict=True):
+            read = self._read(kind, value, self.targets) if kind.reduce == "lens" else {key: value}
+            for name, output in read.items():
                 by_key.setdefault(name, []).append(output)
-        return by_key
+        chunk = sent(steps.stacked(by_key))
+        self.pending = chunk, [*self.segments, *running]
+        self.segments = []
 
     # Captures on the host
 
     def _land(self) -> None:
-        """The captures of the last prompt are here: each is copied once, to where it stays."""
-        job, self.landing = self.landing, None
+        """The captures of the last prompt are here."""
+        job, self.arriving = self.arriving, None
         if job is None:
             return
-        n = len(job.prompt)
-        scored = np.concatenate([np.asarray(logprobs)[0] for _, logprobs, _ in job.blocks])
-        job.logprobs = [np.nan, *scored[: n - 1].tolist(), *job.logprobs]
-        parts = {}
-        for kept in self.hooks.kept:
-            positions, cut = self.hooks.prompt_positions(kept, job.row), self.hooks.cut(kept, job.row)
-            within = []  # of each block: which of its positions are kept, and where they go
-            for begin, logprobs, _ in job.blocks:
-                here = np.flatnonzero((positions >= begin) & (positions < begin + logprobs.shape[1]))
-                within.append((_span(here if cut else positions[here] - begin), _span(here)))
-            for key, (dims, _) in {} if kept.pooled else kept.outputs().items():
-                if key in job.blocks[0][2]:
-                    blocks = [captured.pop(key) for _, _, captured in job.blocks]
-                    parts[key] = _landed_prompt(blocks, within, len(positions), dims, n)
-                    if kept.layers is None:
-                        (parts[key],) = parts[key]
-        job.blocks, job.chunks = [], [parts]
+        scored = np.concatenate([np.asarray(logprobs)[0] for logprobs in job.scored])
+        job.logprobs = [np.nan, *scored[: len(job.prompt) - 1].tolist(), *job.logprobs]
+        job.scored, job.chunks = [], [job.landing.finish()]
         if job.finish and not job.limit:
             self._done(job)
 
@@ -439,7 +437,7 @@ class Run:
         Waits for the device, and costs a transfer each time. Raises KeyError for what is not captured whole.
         """
         if of_prompt:
-            if self.landing is job:
+            if self.arriving is job:
                 self._land()
             return np.array(job.chunks[0][key])
         column = (self.step - 1) % COLUMNS
@@ -473,12 +471,12 @@ class Run:
             for key, (dims, _) in kept.outputs().items():
                 if key in chunk:
                     value = _row(chunk[key], kept, job.slot)
-                    parts[key] = _cut(np.take(value, at, axis=dims.index("T") + (kept.layers is not None)), dims, end)
+                    parts[key] = up_to(np.take(value, at, axis=dims.index("T") + (kept.layers is not None)), dims, end)
         return parts
 
     def _done(self, job: Job) -> None:
         """Joins what a finished job has, and hands it out."""
-        if self.landing is job:
+        if self.arriving is job:
             self._land()
         n, total = len(job.prompt), len(job.tokens)
         for kept in self.hooks.kept:
@@ -494,7 +492,7 @@ class Run:
             rank = job.captures.get(f"{kept.key}_rank") if kept.reduce == "lens" else None
             if rank is not None and kept.where.mask(n, total)[-1]:
                 rank[..., -1] = -1  # nothing came after the last token
-        job.blocks, job.chunks, job.pools, job.glimpse = [], [], [], None
+        job.landing, job.chunks, job.pools, job.glimpse = None, [], [], None
         self.ready.append(job)
 
 
@@ -523,49 +521,21 @@ def tokens_of_passes(lengths: list[tuple[int, int]], batch_size: int, mesh: Mesh
     return [sum(n for n, _ in group) for group in groups] + [slots] * steps
 
 
-def _split(staged, captured: dict, into: list) -> dict:
-    """The pools among what a stage captured; the rest goes `into` a list of (kind, key, value)."""
-    pools = {}
-    for kind in staged[0].captures:
+def _split(stage: Stage, captured: dict) -> tuple[dict, list[Captured]]:
+    """The pools among what a stage captured, and the rest."""
+    pools, rest = {}, []
+    for kind in stage.captures:
         for key in kind.in_step:
             if kind.pooled:
                 pools[key] = captured[key]
             else:
-                into.append((kind, key, captured[key]))
-    return pools
+                rest.append((kind, key, captured[key]))
+    return pools, rest
 
 
 def _row(value: np.ndarray, kept: Kept, row: int) -> np.ndarray:
     """One row of [layers, B, ...], without the axis of layers where the tap has none."""
     return value[:, row] if kept.layers is not None else value[0, row]
-
-
-def _cut(value: np.ndarray, dims: str, length: int) -> np.ndarray:
-    """Keys beyond `length` left out."""
-    return value[..., :length] if dims.endswith("S") else value
-
-
-def _span(numbers: np.ndarray) -> np.ndarray | slice:
-    """Ascending numbers, as a slice if they follow one another."""
-    if len(numbers) and numbers[-1] - numbers[0] + 1 == len(numbers):
-        return slice(numbers[0], numbers[-1] + 1)
-    return numbers
-
-
-def _landed_prompt(blocks: list[list[jax.Array]], within: list[tuple], length: int, dims: str, keys: int) -> np.ndarray:
-    """[layers, ...] of a capture, from [of each block][of each layer]: `length` positions; `within` says of each block
-    which of its own they are, and which of the result. Keys beyond `keys` are left out."""
-    axis, first = dims.index("T"), blocks[0][0]
-    before = [slice(None)] * axis
-    shape = [len(blocks[0]), *first.shape[1:]]
-    shape[1 + axis] = length
-    if dims.endswith("S"):
-        shape[-1] = keys
-    found = np.empty(shape, first.dtype)
-    for block, (here, there) in zip(blocks, within, strict=True):
-        for own, value in zip(found, block, strict=True):
-            own[*before, there] = _cut(np.asarray(value)[0], dims, keys)[*before, here]
-    return found
 
 
 def _joined(parts: list[np.ndarray], dims: str, kept: Kept, total: int) -> np.ndarray:
@@ -595,12 +565,6 @@ def _pooled(kept: Kept, places: list[dict]) -> np.ndarray:
     value = np.stack(found)
     value = value if kept.layers is not None else value[0]
     return value[..., list(kept.numbers)] if kept.reduce == "count" and kept.axis else value
-
-
-def _sent(tree):
-    """The tree, its transfer to the host begun."""
-    jax.tree.map(lambda a: a.copy_to_host_async(), tree)
-    return tree
 
 
 def _landed(tree):

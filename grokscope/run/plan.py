@@ -1,8 +1,8 @@
 """What a run keeps in bytes, from shapes alone: nothing is compiled, allocated or run.
 
-device (on a mesh, each of them): buffers of the decode step, their copy while it goes to the host, and the captures of
-the longest prompt. host: the arrays of all Traces, if every prompt makes all its tokens. disk: the same arrays in a
-dump; its headers, texts and tables are not counted.
+device (on a mesh, each of them): buffers of the decode step, their copy while it goes to the host, and of the captures
+of the longest prompt what has not left yet. host: the arrays of all Traces, if every prompt makes all its tokens. disk:
+the same arrays in a dump; its headers, texts and tables are not counted.
 """
 
 import dataclasses
@@ -16,9 +16,10 @@ from jax.sharding import AbstractMesh, Mesh
 
 from grokscope import look
 from grokscope.model.sharding import parts
+from grokscope.run import landing
 from grokscope.run.captures import REDUCTIONS, Kept
 from grokscope.run.decode import block_lengths, cache_length, shapes
-from grokscope.run.staging import Hooks
+from grokscope.run.staging import Hooks, Place, places_of
 from grokscope.run.steps import COLUMNS
 
 DISKS = (1, 3, 7)  # GB/s: a SATA disk or a network, an NVMe disk, a fast one
@@ -74,11 +75,13 @@ def priced(hooks: Hooks, batch_size: int, dtype, mesh: Mesh | AbstractMesh | Non
     """The price of the captures of a call."""
     slots, length = shapes([tuple(s) for s in hooks.sequences], batch_size, mesh)
     longest = max(range(len(hooks.sequences)), key=lambda p: hooks.sequences[p].prompt_length)
+    of_prompt = {kept.key: _prompt(hooks, kept, longest, dtype, mesh) for kept in hooks.kept}
+    share = _share_there(hooks, of_prompt)
     rows = {}
     for kept in hooks.kept:
         num_layers = 1 if kept.layers is None else len(kept.layers)
-        decode = _decode(hooks, kept, slots, length, dtype, mesh)
-        device = num_layers * (decode + _prompt(hooks, kept, longest, dtype, mesh))
+        decode, prompt = _decode(hooks, kept, slots, length, dtype, mesh), of_prompt[kept.key]
+        device = num_layers * decode + math.ceil((share if _leaves(kept) else 1) * num_layers * prompt)
         host = num_layers * sum(_host(hooks, kept, prompt, dtype) for prompt in range(len(hooks.sequences)))
         rows[kept.key] = {"device": device, "host": host, "disk": host}
     return Plan(rows, len(hooks.sequences), sum(s.longest for s in hooks.sequences))
@@ -106,6 +109,21 @@ def _prompt(hooks: Hooks, kept: Kept, prompt: int, dtype, mesh: Mesh | AbstractM
     lengths = [padded if cut else block for block in block_lengths(n)]
     sizes = hooks.dims(kept) | {"T": sum(lengths), "S": cache_length(n)}
     return _size(kept, sizes, dtype, mesh)
+
+
+def _leaves(kept: Kept) -> bool:
+    """Whether its layers leave the device one after the other."""
+    return not kept.pooled and kept.reduce != "lens"
+
+
+def _share_there(hooks: Hooks, of_prompt: dict[str, int]) -> float:
+    """Which part of a prompt's captures, of those that leave, is on the device at most."""
+    places: dict[Place, int] = dict.fromkeys(hooks.places, 0)
+    for kept in filter(_leaves, hooks.kept):
+        for place in places_of(kept):
+            places[place] += of_prompt[kept.key]
+    one, total = max(places.values()), sum(places.values())
+    return min(1, (one + max(one, landing.ON_THEIR_WAY)) / total) if total else 1
 
 
 def _host(hooks: Hooks, kept: Kept, prompt: int, dtype) -> int:

@@ -61,8 +61,9 @@ class Stacked:
         return next((change for prompts, change in self.changes if prompt in prompts), None)
 
 
-def place_of(tap: str) -> Place:
-    return "embed" if tap == "embed" else "head"
+def places_of(hook: Kept | Change) -> tuple[Place, ...]:
+    tap = hook.tap if isinstance(hook, Kept) else hook.kind.tap
+    return ("embed" if tap == "embed" else "head",) if hook.layers is None else tuple(hook.layers)
 
 
 class Hooks:
@@ -81,7 +82,7 @@ class Hooks:
         self.places: list[Place] = ["embed", *range(config.num_layers), "head"]
         self._kept: dict[Place, list[Kept]] = {place: [] for place in self.places}
         for k in kept:
-            for place in [place_of(k.tap)] if k.layers is None else k.layers:
+            for place in places_of(k):
                 self._kept[place].append(k)
         self._edits = self._stacked(changes)
         self._decode = {place: self._decode_stage(place) for place in self.places}
@@ -94,7 +95,7 @@ class Hooks:
             prompts = everyone
             if change.where.prompts is not None:
                 prompts = frozenset(p for p in everyone if change.where.takes(p, len(everyone)))
-            for place in [place_of(change.kind.tap)] if change.layers is None else change.layers:
+            for place in places_of(change):
                 for stacked in reversed(found[place]):
                     first = stacked.changes[0][1]
                     apart = all(prompts.isdisjoint(others) for others, _ in stacked.changes)
