@@ -481,6 +481,27 @@ def test_other_values_compile_nothing(small):
     assert sum("_layer" in name for name in found) <= 2, found
 
 
+def test_layers_of_which_different_things_are_kept(small):
+    """They are one compiled step, and what is kept is what a capture of all layers has there."""
+
+    def wishes(*layers):
+        kinds = [("q", {}), ("moe_out", {}), ("resid_post", {"reduce": "lens"}), ("router_probs", {"reduce": "topk"})]
+        return [gs.capture(tap, layers=at, **of) for (tap, of), at in zip(kinds, layers, strict=True)]
+
+    def run(captures):
+        return small.generate([TOKENS, TOKENS[:5]], 70, capture=captures, stop_at_eos=False)
+
+    picked = [[0, 2], [1], [2], [0]]
+    with compilations() as found:
+        some = run(wishes(*picked))
+    assert sum("decode_layer" in name for name in found) == 1, found
+    for one, whole in zip(some, run(wishes(*[[0, 1, 2]] * 4)), strict=True):
+        assert list(one.taps) == list(whole.taps)
+        for tap in one.taps:
+            np.testing.assert_array_equal(one[tap], whole[tap][one.layers[tap]], err_msg=tap)
+        assert [one.layers[tap] for tap in ("q", "moe_out", "resid_post.lens_rank", "router_probs.topk")] == picked
+
+
 class compilations:
     """Names of what jax compiles meanwhile."""
 

@@ -29,7 +29,7 @@ from grokscope.run.hooks import CaptureKind, Stage
 from grokscope.run.landing import Landing, sent, up_to
 from grokscope.run.layers import Captured, Work, run_layer
 from grokscope.run.sampling import Sampling
-from grokscope.run.staging import Hooked, Hooks
+from grokscope.run.staging import Hooked, Hooks, Place
 from grokscope.run.steps import COLUMNS, DecodeState
 
 BLOCKS = (1, 32, 128, 512)  # query lengths that are compiled
@@ -109,7 +109,7 @@ class _Pass:
         self.at = [(begins[i : i + 1], padded[:, cut], live[:, cut]) for i, cut in enumerate(cuts)]
         self.xs: list[jax.Array] = []
         self.caches: list[KVCache] = []
-        self.lenses: list[list[tuple[CaptureKind, int | None, jax.Array]]] = [[] for _ in cuts]  # read out at the end
+        self.lenses: list[list[tuple[CaptureKind, Place, jax.Array]]] = [[] for _ in cuts]  # read out at the end
 
 
 class Run:
@@ -277,7 +277,7 @@ class Run:
         for i, (start, tokens, live) in enumerate(one.at):
             x, captured = steps.embed(self.config, stage, self.weights.ends, tokens, start, live, pools, given)
             pools, captured = _split(stage, captured)
-            self._send(one, i, None, captured)
+            self._send(one, i, "embed", captured)
             one.xs.append(x)
         one.job.pools = [pools]
 
@@ -294,26 +294,27 @@ class Run:
         pools = self.hooks.pools(stage, 1)
         for i, (x, (start, tokens, live)) in enumerate(zip(one.xs, one.at, strict=True)):
             targets = following[:, start[0] : start[0] + tokens.shape[1]]
-            place = (start, tokens, live, pools, given)
-            logprobs, captured = steps.score(self.config, stage, self.weights.ends, x, np.maximum(targets, 0), *place)
+            at = (start, tokens, live, pools, given)
+            logprobs, captured = steps.score(self.config, stage, self.weights.ends, x, np.maximum(targets, 0), *at)
             pools, captured = _split(stage, captured)
-            self._send(one, i, None, captured)
+            self._send(one, i, "head", captured)
             job.scored.append(sent(logprobs))
             if first is not None and i == len(one.xs) - 1 and self.hooks.lenses:
                 targets = steps.noted(targets, first, last - start[0])
-            for kind, layer, value in one.lenses[i]:
+            for kind, place, value in one.lenses[i]:
                 following = targets
                 if kind.positions:
                     positions = self.hooks.padded_positions(kind.key, job.row)
                     following = targets[:, np.clip(positions - start[0], 0, targets.shape[1] - 1)]
-                job.landing.send(i, layer, self._read(kind, value, following))
+                job.landing.send(i, place, self._read(kind, value, following))
         job.pools.append(pools)
         return first
 
-    def _send(self, one: "_Pass", block: int, layer: int | None, captured: list[Captured]) -> None:
-        """What a block of a prompt captured at a place to the host; lenses wait until it is known what follows."""
-        one.lenses[block] += [(kind, layer, value) for kind, _, value in captured if kind.reduce == "lens"]
-        one.job.landing.send(block, layer, {key: value for kind, key, value in captured if kind.reduce != "lens"})
+    def _send(self, one: "_Pass", block: int, place: Place, captured: list[Captured]) -> None:
+        """What is kept of a block's captures to the host; lenses wait until it is known what follows."""
+        kept = [found for found in captured if self.hooks.keeps(found[0].key, place)]
+        one.lenses[block] += [(kind, place, value) for kind, _, value in kept if kind.reduce == "lens"]
+        one.job.landing.send(block, place, {key: value for kind, key, value in kept if kind.reduce != "lens"})
 
     def _read(self, kind: CaptureKind, value: jax.Array, following) -> dict[str, jax.Array]:
         """A lens read out."""
@@ -339,6 +340,7 @@ class Run:
         self.hooked = self.hooks.decode([None] * slots, length)
         made = [self.hooks.buffers(place, slots, COLUMNS, length, self.dtype) for place in self.hooks.places]
         self.embed_buffers, *self.layer_buffers, self.head_buffers = made if slots else [{} for _ in made]
+        self.spares, self.shared = self.hooks.spares(slots, COLUMNS, length, self.dtype)
         self.captures_decode = any(not kind.pooled for stage in self._decode_stages() for kind in stage.captures)
         self.targets = jax.numpy.full((slots, COLUMNS), -1, jax.numpy.int32) if self.hooks.lenses else None
 
@@ -374,9 +376,12 @@ class Run:
             if self.streamed:
                 x = self._streamed_step(i, x, column)
                 continue
-            x, self.caches[i], self.layer_buffers[i] = steps.decode_layer(
-                config, stage, self.weights.layers[i], x, self.caches[i], state, self.layer_buffers[i], given, column
+            buffers = self.layer_buffers[i] | {key: self.spares[key] for key in self.shared[i]}
+            x, self.caches[i], buffers = steps.decode_layer(
+                config, stage, self.weights.layers[i], x, self.caches[i], state, buffers, given, column
             )
+            self.spares |= {key: buffers.pop(key) for key in self.shared[i]}
+            self.layer_buffers[i] = buffers
         stage, given = self.hooked.head
         self.state, self.head_buffers = steps.readout(
             config, stage, self.method, ends, x, state, self.slot_sampling, self.head_buffers, given, column
@@ -395,7 +400,7 @@ class Run:
         pools = {kind.key: buffers.pop(kind.key) for kind in stage.captures if kind.pooled}
         work = Work(stage, given, [at], [x], self.caches[layer], pools, [[]])
         run_layer(self.config, self.weights, layer, [work])
-        captured = {key: value for _, key, value in work.captures[0]}
+        captured = {key: value for _, key, value in work.captures[0] if key in buffers}
         self.layer_buffers[layer] = steps.written(stage, buffers, captured, column) | work.pools
         self.caches[layer] = work.cache
         return work.xs[0]
@@ -528,7 +533,7 @@ def _split(stage: Stage, captured: dict) -> tuple[dict, list[Captured]]:
         for key in kind.in_step:
             if kind.pooled:
                 pools[key] = captured[key]
-            else:
+            elif key in captured:
                 rest.append((kind, key, captured[key]))
     return pools, rest
 

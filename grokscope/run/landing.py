@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from grokscope.run import steps
-from grokscope.run.staging import Hooks
+from grokscope.run.staging import Hooks, Place
 
 ON_THEIR_WAY = 1 << 25  # bytes that may wait, so that device and host need not wait for each other
 
@@ -27,7 +27,7 @@ class Landing:
         self.captures: dict[str, np.ndarray] = {}
         self._num_keys = hooks.sequences[prompt].prompt_length
         self._places: dict[str, tuple] = {}
-        self._sent: deque[tuple[int, int | None, dict[str, jax.Array]]] = deque()
+        self._sent: deque[tuple[int, Place, dict[str, jax.Array]]] = deque()
         for kept in hooks.kept:
             positions, cut = hooks.prompt_positions(kept, prompt), hooks.cut(kept, prompt)
             within = []  # of each block: which of its positions are kept, and where they go
@@ -37,12 +37,12 @@ class Landing:
             for key, (dims, _) in {} if kept.pooled else kept.outputs().items():
                 self._places[key] = kept.layers, dims, len(positions), within
 
-    def send(self, block: int, layer: int | None, captures: dict[str, jax.Array]) -> None:
-        """Begins the transfer of what a block and layer captured, {key: [1, ...]}; waits for earlier ones while too
+    def send(self, block: int, place: Place, captures: dict[str, jax.Array]) -> None:
+        """Begins the transfer of what a block captured at a place, {key: [1, ...]}; waits for earlier ones while too
         much is on its way.
         """
         if captures:
-            self._sent.append((block, layer, sent(steps.gathered(captures))))
+            self._sent.append((block, place, sent(steps.gathered(captures))))
             while len(self._sent) > 1 and sum(_nbytes(c) for _, _, c in self._sent) > ON_THEIR_WAY:
                 self._take(*self._sent.popleft())
 
@@ -52,7 +52,7 @@ class Landing:
             self._take(*self._sent.popleft())
         return self.captures
 
-    def _take(self, block: int, layer: int | None, captures: dict[str, jax.Array]) -> None:
+    def _take(self, block: int, place: Place, captures: dict[str, jax.Array]) -> None:
         while captures:
             key, value = captures.popitem()
             layers, dims, length, within = self._places[key]
@@ -63,7 +63,7 @@ class Landing:
                 if dims.endswith("S"):
                     shape[-1] = self._num_keys
                 self.captures[key] = np.empty(shape if layers is None else (len(layers), *shape), own.dtype)
-            into = self.captures[key] if layers is None else self.captures[key][layers.index(layer)]
+            into = self.captures[key] if layers is None else self.captures[key][layers.index(place)]
             here, there = within[block]
             into[*before, there] = up_to(own, dims, self._num_keys)[*before, here]
 

@@ -80,8 +80,10 @@ def priced(hooks: Hooks, batch_size: int, dtype, mesh: Mesh | AbstractMesh | Non
     rows = {}
     for kept in hooks.kept:
         num_layers = 1 if kept.layers is None else len(kept.layers)
-        decode, prompt = _decode(hooks, kept, slots, length, dtype, mesh), of_prompt[kept.key]
-        device = num_layers * decode + math.ceil((share if _leaves(kept) else 1) * num_layers * prompt)
+        spare = not kept.pooled and any(hooks.captures(kept, p) and not hooks.keeps(kept.key, p) for p in hooks.places)
+        decode = _decode(hooks, kept, slots, length, dtype, mesh)
+        device = num_layers * decode + spare * decode // 2
+        device += math.ceil(num_layers * of_prompt[kept.key] * (share if _leaves(kept) else 1))
         host = num_layers * sum(_host(hooks, kept, prompt, dtype) for prompt in range(len(hooks.sequences)))
         rows[kept.key] = {"device": device, "host": host, "disk": host}
     return Plan(rows, len(hooks.sequences), sum(s.longest for s in hooks.sequences))

@@ -80,10 +80,7 @@ class Hooks:
         self.width = max([config.num_selected_experts, *map(_experts_needed, changes)])
         self._wider = self.width > config.num_selected_experts
         self.places: list[Place] = ["embed", *range(config.num_layers), "head"]
-        self._kept: dict[Place, list[Kept]] = {place: [] for place in self.places}
-        for k in kept:
-            for place in places_of(k):
-                self._kept[place].append(k)
+        self._captured = {place: [k for k in kept if self.captures(k, place)] for place in self.places}
         self._edits = self._stacked(changes)
         self._decode = {place: self._decode_stage(place) for place in self.places}
 
@@ -111,6 +108,16 @@ class Hooks:
 
     # Which
 
+    def keeps(self, key: str, place: Place) -> bool:
+        return any(kept.key == key and place in places_of(kept) for kept in self.kept)
+
+    def captures(self, kept: Kept, place: Place) -> bool:
+        """Whether a step captures it there. What is small is captured in all layers, and dropped where it is not kept:
+        so layers of which different things are kept are one compiled step.
+        """
+        small = not kept.pooled and not set(TAPS[kept.tap].dims) & {"S", "F"}
+        return place in places_of(kept) or (small and kept.layers is not None and isinstance(place, int))
+
     def takes(self, kept: Kept, prompt: int) -> bool:
         return kept.where.takes(prompt, len(self.sequences))
 
@@ -129,7 +136,7 @@ class Hooks:
     def _decode_stage(self, place: Place) -> tuple[Stage, list[Kept], list[Stacked]]:
         if not any(s.limit for s in self.sequences):
             return PLAIN, [], []
-        kept = [k for k in self._kept[place] if self.reaches(k)[1]]
+        kept = [k for k in self._captured[place] if self.reaches(k)[1]]
         edits = [e for e in self._edits[place] if any(self.reaches(change)[1] for _, change in e.changes)]
         return self._stage([self._kind(k, cut=False) for k in kept], edits), kept, edits
 
@@ -151,7 +158,7 @@ class Hooks:
         staged: dict[Place, Staged] = {}
         for place in self.places:
             kinds, given = [], []
-            for kept in self._kept[place]:
+            for kept in self._captured[place]:
                 positions = self.prompt_positions(kept, prompt)
                 if not len(positions):
                     continue
@@ -280,10 +287,23 @@ class Hooks:
         of_place, kept, _ = self._decode[place]
         made = self.pools(of_place, slots)
         for k in kept:
-            made |= {
-                key: zeros(*of_key) for key, of_key in self.buffer_shapes(k, slots, columns, length, dtype).items()
-            }
+            if place in places_of(k):
+                made |= self._zeros(k, slots, columns, length, dtype)
         return made
+
+    def spares(self, slots: int, columns: int, length: int, dtype) -> tuple[dict[str, Any], list[list[str]]]:
+        """Capture buffers that all layers share which do not keep what they capture, and which of them each takes."""
+        made, shared = {}, []
+        for layer in range(self.config.num_layers):
+            spare = [k for k in self._decode[layer][1] if layer not in k.layers]
+            for k in spare:
+                made |= {} if k.key in made else self._zeros(k, slots, columns, length, dtype)
+            shared.append([key for k in spare for key in self.in_step(k)])
+        return made, shared
+
+    def _zeros(self, kept: Kept, slots: int, columns: int, length: int, dtype) -> dict[str, Any]:
+        shapes = self.buffer_shapes(kept, slots, columns, length, dtype)
+        return {key: zeros(*of_key) for key, of_key in shapes.items()}
 
     def buffer_shapes(self, kept: Kept, slots: int, columns: int, length: int, dtype) -> dict[str, tuple]:
         """{key: (dims, shape, dtype)} of a capture's buffers at one place; none of a pool."""
