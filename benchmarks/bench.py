@@ -122,6 +122,8 @@ FIRST = "import grokscope as gs; gs.load({path!r}).generate([5, 6, 7], 1, stop_a
 
 def waiting(rounds: int) -> None:
     """From nothing to a first token, and from one question to the next."""
+    import jax
+
     import grokscope as gs
 
     print("\nwaiting, seconds")
@@ -138,6 +140,7 @@ def waiting(rounds: int) -> None:
             took = process_seconds(FIRST.format(path=str(path)), rounds, **off)
             row(f"  the same, {layers} layers", f"{took:.2f}")
 
+    jax.config.update("jax_enable_compilation_cache", False)  # or what was compiled in an earlier run is only read
     grok = gs.load()
 
     def first_token(**options) -> float:
@@ -155,7 +158,9 @@ def waiting(rounds: int) -> None:
         first_token(capture=option)
     row("another layer of a capture", f"{statistics.median(first_token(capture=at(i)) for i in range(1, 6)):.3f}")
     row("another set of captures", f"{first_token(capture=['q', 'resid_post']):.3f}")
-    row("  that differs between layers", f"{first_token(capture=['k', gs.capture('moe_out', layers=1)]):.3f}")
+    for tap in ("moe_out", "attn_pattern"):
+        took = first_token(capture=["k", gs.capture(tap, layers=1)])
+        row(f"  in one layer {tap} too", f"{took:.3f}")
     took = []
     for i in range(6):
         with grok.edits(gs.scale("attn_z", 0.1 * i, layers=i, heads=0)):

@@ -1,5 +1,6 @@
 """The released layout: what is written verifies, and every fault is named with its file."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -8,9 +9,8 @@ import pytest
 from conftest import small_config, write_random
 
 import grokscope as gs
-from grokscope.checkpoint import ckpt0, tensorfile
+from grokscope.checkpoint import ckpt0, tensorfile, weights
 from grokscope.checkpoint.tensorfile import Tensor, TensorFileError
-from grokscope.checkpoint.weights import Pages, default_form
 from grokscope.model import quant
 
 
@@ -190,9 +190,14 @@ def test_a_large_matrix_is_widened_in_parts():
         assert lowered.compile().memory_analysis().temp_size_in_bytes < 22e6
 
 
-def test_what_is_large_stays_int8(random_checkpoint):
-    assert default_form(gs.load(random_checkpoint).config, np.dtype(np.float32)) == "expanded"
-    assert default_form(gs.GROK_1, np.dtype(np.float32)) == "int8"
+def test_the_default_form(random_checkpoint, monkeypatch):
+    """Larger models are int8, but between two last caches expanded where they fit."""
+    small, found = gs.load(random_checkpoint).config, []
+    for shared in (True, False):
+        monkeypatch.setattr(weights, "one_last_cache", lambda shared=shared: shared)
+        configs = small, dataclasses.replace(small, vocab_size=1 << 20), gs.GROK_1
+        found.append([weights.default_form(config, np.dtype(np.float32)) for config in configs])
+    assert found == [["expanded", "int8", "int8"], ["expanded", "expanded", "int8"]]
 
 
 def test_hash_sees_a_router_and_a_size(checkpoint):
@@ -232,7 +237,7 @@ def test_sizes_of_grok_1():
 
 def test_memory_that_is_taken_as_it_is():
     """XLA on CPU does not copy it; what is cut from a piece does not overlap."""
-    pages = Pages(1 << 16)
+    pages = weights.Pages(1 << 16)
     made = [pages.empty((3, n), np.dtype(kind)) for n in (1, 50, 40_000, 7) for kind in (np.float32, np.int8)]
     for number, array in enumerate(made):
         array[...] = number

@@ -136,8 +136,9 @@ def load(
       path: folder of a checkpoint in the released layout; None is the bundled grok-1-mini.
       numerics: "float32" (highest precision at every product) or "bfloat16" (as released); None is float32 on CPU and
         bfloat16 on GPU.
-      weights: "expanded" to the type of the numerics, or "int8" with scales; None expands small models on CPU (up to
-        64 MB), which is faster. "streamed" leaves them on disk, from where layers are read while the model runs.
+      weights: "expanded" to the type of the numerics, or "int8" with scales; None is what
+        is faster: expanded on CPU up to 64 MB, or to half of the memory where the processors do not share their last
+        cache. "streamed" leaves them on disk, from where layers are read while the model runs.
       mesh: "DxM", data by model: weights, activations and cache over D * M devices; None is one device, or "1xM"
         of all where several processes were joined (grokscope.run.processes).
       memory: bytes, or "20GB", that streamed weights may take on the devices; None is half of the machine's memory, or
