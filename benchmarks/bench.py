@@ -59,11 +59,17 @@ def decode(path: Path, rounds: int) -> None:
     }
     limit = Contender(contenders.limits)
     tasks = ["decode 1", "decode 8", "prefill 512"]
-    before = {name: limit(name) for name in ("read", "product")}
+    before = {name: limit(name) for name in limit.tasks}
     found = measured(made, tasks, rounds)
-    best = {name: min(before[name], limit(name)) for name in before}
+    after = {name: limit(name) for name in before}
+    best = {name: min(before[name], after[name]) for name in before}
     print(f"\n{path.name}: D {config.emb_size}, {config.num_layers} layers, F {config.ffn_size}, float32")
     print(f"reads {1 / best['read']:.1f} GB/s, products {1 / best['product']:.0f} GFLOP/s; by default {default}")
+    print(
+        "from one processor to another {:.0f} GB/s before, {:.0f} after".format(
+            *(1 / t["hand over"] for t in (before, after))
+        )
+    )
     n = config.dims
     active = config.num_active_parameters  # read once a step, multiplied once a token
     work = 2 * 512 * active + n["L"] * 2 * 512 * 512 * n["HC"]  # attention: the causal half of two products

@@ -12,6 +12,7 @@ weights, in float32: the same products as Grok-1 but for two norms a layer. The 
 import functools
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +37,33 @@ def step_seconds(generate, few: int, many: int) -> float:
     return (took[1] - took[0]) / (many - few)
 
 
+def handed_over() -> float:
+    """Seconds to read 1 GB on one processor that another has just written, 2 MB at a time.
+
+    A machine may do the same at 28 GB/s and at a few, as its two processors share a last cache or not.
+    """
+    first, *_, last = sorted(os.sched_getaffinity(0))
+    part, took = np.empty(1 << 19, np.float32), []
+
+    def pinned(processor: int) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, initializer=os.sched_setaffinity, initargs=(0, {processor}))
+
+    def read() -> float:
+        begin = time.perf_counter()
+        part.sum()
+        return time.perf_counter() - begin
+
+    with pinned(first) as writer, pinned(last) as reader:
+        for _ in range(100):
+            writer.submit(part.fill, 1.0).result()
+            took.append(reader.submit(read).result())
+    return float(np.median(took)) / part.nbytes * 1e9
+
+
 def limits() -> Tasks:
-    """Seconds to read 1 GB of float32, and for 1 G of operations in a product of 2048 x 2048: the better of two."""
+    """Seconds to read 1 GB of float32, and for 1 G of operations in a product of 2048 x 2048: the better of two; and to
+    hand 1 GB from one processor to another.
+    """
     import jax
     import torch
 
@@ -59,6 +85,7 @@ def limits() -> Tasks:
         "product": lambda: (
             best(lambda: product(ours[1]).block_until_ready(), lambda: theirs[1] @ theirs[1]) / (2 * 2048**3) * 1e9
         ),
+        "hand over": handed_over,
     }
 
 
