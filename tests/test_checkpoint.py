@@ -191,10 +191,10 @@ def test_a_large_matrix_is_widened_in_parts():
 
 
 def test_the_default_form(random_checkpoint, monkeypatch):
-    """Larger models are int8, but between two last caches expanded where they fit."""
+    """Larger models are int8, but with several last caches expanded where they fit."""
     small, found = gs.load(random_checkpoint).config, []
-    for shared in (True, False):
-        monkeypatch.setattr(weights, "one_last_cache", lambda shared=shared: shared)
+    for several in (False, True):
+        monkeypatch.setattr(weights, "several_last_caches", lambda several=several: several)
         configs = small, dataclasses.replace(small, vocab_size=1 << 20), gs.GROK_1
         found.append([weights.default_form(config, np.dtype(np.float32)) for config in configs])
     assert found == [["expanded", "int8", "int8"], ["expanded", "expanded", "int8"]]

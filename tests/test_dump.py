@@ -253,31 +253,47 @@ def test_the_device_bytes_of_a_plan(random_checkpoint, monkeypatch):
     assert found[0] - found[2] == pytest.approx(more - less, rel=0.03)
 
 
-def test_captures_of_a_prompt_leave_layer_by_layer(grok, monkeypatch):
-    """The same, and the device holds no more of them than a plan says, in prompts of several blocks too."""
+IN_ONE_LAYER = ["resid_pre", "resid_mid", "q", "attn_z", "attn_out", "moe_out"]
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        ["attn_pattern", gs.capture("resid_post", positions=[3, -2])],
+        [gs.capture(tap, layers=layer) for layer, tap in enumerate(IN_ONE_LAYER)],
+        [
+            gs.capture("resid_post", reduce="lens", name="all"),
+            gs.capture("resid_post", reduce="lens", positions=[3, 560]),
+        ],
+    ],
+    ids=["all layers", "one each", "lens"],
+)
+def test_captures_of_a_prompt_leave_layer_by_layer(grok, monkeypatch, wishes):
+    """They are the same, and the device holds no more of them than a plan says, of prompts of several blocks too."""
     import jax
 
     from grokscope.run import landing
 
-    wishes, prompt, found = ["attn_pattern", gs.capture("resid_post", positions=[3, -2])], [5] * 600, []
-    send = landing.Landing.send
+    prompts, found = [[5] * 600, [*range(5, 605)]], []
+    send = landing.Transfers.send
 
     def sending(self, *args):
         alive = {a.unsafe_buffer_pointer(): a.nbytes for a in jax.live_arrays()}
         found.append(sum(alive.values()))
         send(self, *args)
 
-    whole = grok.trace(prompt, capture=wishes)
+    whole = grok.trace(prompts, capture=wishes)
     monkeypatch.setattr(landing, "ON_THEIR_WAY", 0)
-    monkeypatch.setattr(landing.Landing, "send", sending)
-    plain = [grok.trace(prompt, capture="router_logits"), max(found)][1]
+    monkeypatch.setattr(landing.Transfers, "send", sending)
+    grok.trace(prompts, capture="router_logits")
+    plain = max(found)
     found.clear()
-    one_by_one = grok.trace(prompt, capture=wishes)
-    more, less = (grok.plan([prompt], capture=wish).total for wish in (wishes, "router_logits"))
-    for key, value in whole.taps.items():
-        np.testing.assert_array_equal(one_by_one.taps[key], value)
-    assert more["device"] < more["host"]
-    assert more["device"] / 2 < max(found) - plain <= more["device"] - less["device"]
+    one_by_one = grok.trace(prompts, capture=wishes)
+    more, less = (grok.plan(prompts, capture=wish).total["device"] for wish in (wishes, "router_logits"))
+    for some, all_ in zip(one_by_one, whole, strict=True):
+        for key, value in all_.taps.items():
+            np.testing.assert_array_equal(some.taps[key], value)
+    assert (more - less) / 3 < max(found) - plain <= more - less
 
 
 def test_the_price_of_grok_1(grok):
@@ -286,7 +302,7 @@ def test_the_price_of_grok_1(grok):
 
     kept = captures.resolve(["resid_post"], gs.GROK_1)
     hooks = staging.Hooks(gs.GROK_1, kept, (), [staging.Sequence(1000, 0)])
-    rows = plan.priced(hooks, 8, "bfloat16").rows
+    rows = plan.priced(hooks, 8, "bfloat16", None, False).rows
     assert rows["router_logits"]["host"] == 1000 * 64 * 8 * 4
     assert rows["resid_post"]["host"] == 1000 * 64 * 6144 * 2
     assert grok.plan(capture="attn_pattern", tokens=8192).prompts == 8

@@ -1,10 +1,11 @@
 """Runs jobs through slots: prefill each prompt alone, decode all slots together, refill a slot that is free.
 
-A pass is layer-major. The host waits nowhere in the token loop: it reads the tokens of a step after it has dispatched
-that step's forward pass, so every token it sees has had one, the last and EOS too. Prefill runs in shapes of the
-prompt's own length; decode in shapes of the call: number of slots, and cache length, which holds the longest job. A
-job's numbers depend on these shapes, and not on what its neighbours are. Jobs are handed out as they are done, with
-their captures; what remains in memory is that of the jobs in the slots.
+A pass is layer-major. The host reads the tokens of a step after it has dispatched that step's forward pass, so every
+token it sees has had one, the last and EOS too. Else it waits in the token loop only where a prompt that takes a free
+slot has large captures. Prefill runs in shapes of the prompt's own length; decode in shapes of the call: number of
+slots, and cache length, which holds the longest job. A job's numbers depend on these shapes, and not on what its
+neighbours are. Jobs are handed out as they are done, with their captures; what remains in memory is that of the jobs in
+the slots.
 """
 
 import contextlib
@@ -26,10 +27,10 @@ from grokscope.model.transformer import MASKED, KVCache
 from grokscope.run import steps
 from grokscope.run.captures import Kept
 from grokscope.run.hooks import CaptureKind, Stage
-from grokscope.run.landing import Landing, sent, up_to
-from grokscope.run.layers import Captured, Work, run_layer
+from grokscope.run.landing import Landing, Transfers, to_host, up_to
+from grokscope.run.layers import Captured, Work, run_layer, split
 from grokscope.run.sampling import Sampling
-from grokscope.run.staging import Hooked, Hooks, Place
+from grokscope.run.staging import Hooked, Hooks, Place, places_of
 from grokscope.run.steps import COLUMNS, DecodeState
 
 BLOCKS = (1, 32, 128, 512)  # query lengths that are compiled
@@ -133,13 +134,15 @@ class Run:
         self.waiting = deque(jobs if todo is None else todo)
         self.slots: list[Job | None] = [None] * self.num_slots
         self.ready: deque[Job] = deque()
+        self.transfers = Transfers()
         self.arriving: Job | None = None  # the last of its prompt's captures are on their way
         self.segments: list[tuple[Job, int, int]] = []  # steps of jobs that left their slot since the last flush
         self.pending: tuple[dict, list] | None = None  # the last chunk, on its way, and the segments in it
         self.step = 0
         self.cut_short = self.over = False
-        with on(weights.mesh):
-            self._empty_slots()
+        if self.num_slots:
+            with on(weights.mesh):
+                self._empty_slots()
 
     def results(self) -> Iterator[Job]:
         """The jobs as they are done. On Ctrl-C those that run finish as "interrupt", and those that wait never come; if
@@ -203,7 +206,7 @@ class Run:
         self.slots[job.slot] = None
         self.state = steps.retired(self.state, job.slot)
         if any(self._decode_pools()):
-            taken = sent(steps.taken(self._decode_pools(), job.slot))
+            taken = to_host(steps.taken(self._decode_pools(), job.slot))
             job.pools = [own | of_slot for own, of_slot in zip(job.pools, taken, strict=True)]
         if not self.captures_decode or job.first_step == self.step:
             self._done(job)
@@ -266,6 +269,7 @@ class Run:
                 one.job.pools.append(work.pools)
                 for block, captured in enumerate(work.captures):
                     self._send(one, block, layer, captured)
+                work.captures = []  # or they would be held while the next layer runs
                 if one.job.limit:
                     one.caches.append(work.cache)
         return [(one.caches, self._score(one)) for one in passes]
@@ -273,10 +277,11 @@ class Run:
     def _embed(self, one: "_Pass") -> None:
         stage, given = one.hooked.embed
         pools = self.hooks.pools(stage, 1)
-        one.job.landing = Landing(self.hooks, one.job.row, [(int(start[0]), live.size) for start, _, live in one.at])
+        blocks = [(int(start[0]), live.size) for start, _, live in one.at]
+        one.job.landing = Landing(self.hooks, one.job.row, blocks, self.dtype)
         for i, (start, tokens, live) in enumerate(one.at):
             x, captured = steps.embed(self.config, stage, self.weights.ends, tokens, start, live, pools, given)
-            pools, captured = _split(stage, captured)
+            pools, captured = split(stage, captured)
             self._send(one, i, "embed", captured)
             one.xs.append(x)
         one.job.pools = [pools]
@@ -296,25 +301,26 @@ class Run:
             targets = following[:, start[0] : start[0] + tokens.shape[1]]
             at = (start, tokens, live, pools, given)
             logprobs, captured = steps.score(self.config, stage, self.weights.ends, x, np.maximum(targets, 0), *at)
-            pools, captured = _split(stage, captured)
+            pools, captured = split(stage, captured)
             self._send(one, i, "head", captured)
-            job.scored.append(sent(logprobs))
+            job.scored.append(to_host(logprobs))
             if first is not None and i == len(one.xs) - 1 and self.hooks.lenses:
                 targets = steps.noted(targets, first, last - start[0])
             for kind, place, value in one.lenses[i]:
-                following = targets
+                after = targets
                 if kind.positions:
                     positions = self.hooks.padded_positions(kind.key, job.row)
-                    following = targets[:, np.clip(positions - start[0], 0, targets.shape[1] - 1)]
-                job.landing.send(i, place, self._read(kind, value, following))
+                    after = targets[:, np.clip(positions - start[0], 0, targets.shape[1] - 1)]
+                self.transfers.send(job.landing, i, place, self._read(kind, value, after))
         job.pools.append(pools)
         return first
 
     def _send(self, one: "_Pass", block: int, place: Place, captured: list[Captured]) -> None:
         """What is kept of a block's captures to the host; lenses wait until it is known what follows."""
-        kept = [found for found in captured if self.hooks.keeps(found[0].key, place)]
+        kept = [found for found in captured if place in places_of(self.hooks.by_key[found[0].key])]
         one.lenses[block] += [(kind, place, value) for kind, _, value in kept if kind.reduce == "lens"]
-        one.job.landing.send(block, place, {key: value for kind, key, value in kept if kind.reduce != "lens"})
+        whole = {key: value for kind, key, value in kept if kind.reduce != "lens"}
+        self.transfers.send(one.job.landing, block, place, whole)
 
     def _read(self, kind: CaptureKind, value: jax.Array, following) -> dict[str, jax.Array]:
         """A lens read out."""
@@ -339,8 +345,8 @@ class Run:
         self.state = DecodeState.idle(slots)
         self.hooked = self.hooks.decode([None] * slots, length)
         made = [self.hooks.buffers(place, slots, COLUMNS, length, self.dtype) for place in self.hooks.places]
-        self.embed_buffers, *self.layer_buffers, self.head_buffers = made if slots else [{} for _ in made]
-        self.spares, self.shared = self.hooks.spares(slots, COLUMNS, length, self.dtype)
+        self.embed_buffers, *self.layer_buffers, self.head_buffers = made
+        self.spares, self.shared = ({}, []) if self.streamed else self.hooks.spares(slots, COLUMNS, length, self.dtype)
         self.captures_decode = any(not kind.pooled for stage in self._decode_stages() for kind in stage.captures)
         self.targets = jax.numpy.full((slots, COLUMNS), -1, jax.numpy.int32) if self.hooks.lenses else None
 
@@ -388,7 +394,7 @@ class Run:
         )
         if self.targets is not None:
             self.targets = steps.noted(self.targets, self.state, column)
-        sent((self.state.tokens, self.state.logprobs))
+        to_host((self.state.tokens, self.state.logprobs))
         self.step += 1
         if self.step % COLUMNS == 0 and self.captures_decode:
             self._flush()
@@ -411,7 +417,7 @@ class Run:
         captures: list = []
         buffers = [self.embed_buffers, *self.layer_buffers, self.head_buffers]
         for stage, own in zip(self._decode_stages(), buffers, strict=True):
-            captures += _split(stage, own)[1]
+            captures += split(stage, own)[1]
         begin = self.step - (self.step % COLUMNS or COLUMNS)
         running = [(job, max(job.first_step, begin), self.step) for job in self.slots if job]
         by_key: dict[str, list[jax.Array]] = {}
@@ -419,7 +425,7 @@ class Run:
             read = self._read(kind, value, self.targets) if kind.reduce == "lens" else {key: value}
             for name, output in read.items():
                 by_key.setdefault(name, []).append(output)
-        chunk = sent(steps.stacked(by_key))
+        chunk = to_host(steps.stacked(by_key))
         self.pending = chunk, [*self.segments, *running]
         self.segments = []
 
@@ -432,7 +438,7 @@ class Run:
             return
         scored = np.concatenate([np.asarray(logprobs)[0] for logprobs in job.scored])
         job.logprobs = [np.nan, *scored[: len(job.prompt) - 1].tolist(), *job.logprobs]
-        job.scored, job.chunks = [], [job.landing.finish()]
+        job.scored, job.chunks = [], [self.transfers.finish(job.landing)]
         if job.finish and not job.limit:
             self._done(job)
 
@@ -457,7 +463,7 @@ class Run:
             return
         (chunk, segments), self.pending = self.pending, None
         self._land()
-        chunk = _landed(chunk)
+        chunk = on_host(chunk)
         for job, begin, end in segments:
             end = min(end, job.first_step + job.generated) if job.finish else end
             positions = np.arange(begin, end) - job.first_step + len(job.prompt)
@@ -489,7 +495,7 @@ class Run:
                 continue
             if kept.pooled:
                 if any(kept.key in pools for pools in job.pools):  # else no position of this prompt was asked for
-                    job.captures[kept.key] = _pooled(kept, _landed(job.pools))
+                    job.captures[kept.key] = _pooled(kept, on_host(job.pools))
                 continue
             for key, (dims, _) in kept.outputs().items():
                 if own := [part.pop(key) for part in job.chunks if key in part]:
@@ -516,26 +522,22 @@ def shapes(lengths: list[tuple[int, int]], batch_size: int, mesh: Mesh | Abstrac
 def tokens_of_passes(lengths: list[tuple[int, int]], batch_size: int, mesh: Mesh | AbstractMesh | None) -> list[int]:
     """Tokens of each pass that reads streamed layers, where prompts of these lengths make all their limits allow."""
     slots, _ = shapes(lengths, batch_size, mesh)
-    groups, waiting = [], deque(lengths)
-    while waiting:
-        group = [waiting.popleft()]
-        while waiting and len(group) != slots and sum(n for n, _ in (*group, waiting[0])) <= TOGETHER:
-            group.append(waiting.popleft())
-        groups.append(group)
-    steps = sum(max(limit for _, limit in group) for group in groups)
-    return [sum(n for n, _ in group) for group in groups] + [slots] * steps
+    groups = prefilled_together(lengths, slots)
+    steps = sum(max(lengths[p][1] for p in group) for group in groups)
+    return [sum(lengths[p][0] for p in group) for group in groups] + [slots] * steps
 
 
-def _split(stage: Stage, captured: dict) -> tuple[dict, list[Captured]]:
-    """The pools among what a stage captured, and the rest."""
-    pools, rest = {}, []
-    for kind in stage.captures:
-        for key in kind.in_step:
-            if kind.pooled:
-                pools[key] = captured[key]
-            elif key in captured:
-                rest.append((kind, key, captured[key]))
-    return pools, rest
+def prefilled_together(lengths: list[tuple[int, int]], slots: int) -> list[range]:
+    """Numbers of the prompts of these lengths and limits that share a reading of streamed layers."""
+    groups, begin = [], 0
+    while begin < len(lengths):
+        end, tokens = begin + 1, lengths[begin][0]
+        while end < len(lengths) and end - begin != slots and tokens + lengths[end][0] <= TOGETHER:
+            tokens += lengths[end][0]
+            end += 1
+        groups.append(range(begin, end))
+        begin = end
+    return groups
 
 
 def _row(value: np.ndarray, kept: Kept, row: int) -> np.ndarray:
@@ -572,7 +574,7 @@ def _pooled(kept: Kept, places: list[dict]) -> np.ndarray:
     return value[..., list(kept.numbers)] if kept.reduce == "count" and kept.axis else value
 
 
-def _landed(tree):
+def on_host(tree):
     """The tree on the host, as numpy; frees the device's copy."""
     return jax.tree.map(np.asarray, tree)
 

@@ -136,9 +136,9 @@ def load(
       path: folder of a checkpoint in the released layout; None is the bundled grok-1-mini.
       numerics: "float32" (highest precision at every product) or "bfloat16" (as released); None is float32 on CPU and
         bfloat16 on GPU.
-      weights: "expanded" to the type of the numerics, or "int8" with scales; None is what
-        is faster: expanded on CPU up to 64 MB, or to half of the memory where the processors do not share their last
-        cache. "streamed" leaves them on disk, from where layers are read while the model runs.
+      weights: "expanded" to the type of the numerics, or "int8" with scales; None expands on CPU up to
+        64 MB, and up to half of the memory where the processors have several last caches; else it is int8. "streamed"
+        leaves them on disk, from where layers are read while the model runs.
       mesh: "DxM", data by model: weights, activations and cache over D * M devices; None is one device, or "1xM"
         of all where several processes were joined (grokscope.run.processes).
       memory: bytes, or "20GB", that streamed weights may take on the devices; None is half of the machine's memory, or
@@ -323,7 +323,7 @@ class Grok:
             ]
         kept = captures.resolve(capture, self.config)
         hooks = Hooks(self.config, kept, (), [Length(len(p), max_new_tokens) for p in prompts])
-        plan = priced(hooks, batch_size, self.numerics, self._mesh)
+        plan = priced(hooks, batch_size, self.numerics, self._mesh, self._form == "streamed")
         passes = tokens_of_passes([tuple(s) for s in hooks.sequences], batch_size, self._mesh)
         return dataclasses.replace(plan, read=self._bytes_to_read(passes))
 
@@ -532,8 +532,7 @@ class Grok:
                 f"the {what} is about no position: prompts have {lengths[0]} to {lengths[-1]} tokens, {limit} may "
                 f"follow, and it asks for {missed.where.json()}"
             )
-        if budget is not None:
-            refuse_over(budget, priced(hooks, batch_size, self.numerics, self._mesh), hooks, batch_size, self.numerics)
+        refuse_over(budget, hooks, batch_size, self.numerics, self._mesh, self._form == "streamed")
         rows = Sampling.rows(len(prompts), self.config.vocab_size, **sampling)
         jobs = [self.job(prompt, limit, row, ending) for row, prompt in enumerate(prompts)]
         return Call(hooks, changes, rows, jobs, int(batch_size), ending, sampling, [edit.json() for edit in made])

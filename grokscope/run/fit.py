@@ -104,7 +104,7 @@ def _fit(config, mesh: str, temporaries: int, context: int, batch: int, capture,
     ]
     stream = 2 * sum(block_lengths(context)) * config.emb_size * np.dtype(numerics).itemsize  # into a layer, and out
     hooks = Hooks(config, captures.resolve(capture, config), (), sequences)
-    of_captures = priced(hooks, batch, numerics, devices).total["device"]
+    of_captures = priced(hooks, batch, numerics, devices, streamed=False).total["device"]
     cache = 2 * config.num_layers * device_bytes(caches)
     return Fit(mesh, weights, cache, temporaries + stream, of_captures)
 

@@ -1,7 +1,7 @@
-"""The captures of a prompt, on their way from the device to where they stay on the host.
+"""The captures of prompts, on their way from the device to where they stay on the host.
 
-They leave layer by layer: beside those of a layer that runs, the device holds ON_THEIR_WAY bytes of them, or a layer's,
-but not all. On CPU the memory of one layer then serves the next: new pages cost more than the copy.
+They leave layer by layer: beside those of a layer that runs, the device holds ON_THEIR_WAY bytes of them, not all. On
+CPU the memory of one layer then serves the next: new pages cost more than the copy.
 """
 
 from collections import deque
@@ -22,54 +22,63 @@ class Landing:
       captures: {key: numpy [L,] dims}.
     """
 
-    def __init__(self, hooks: Hooks, prompt: int, blocks: list[tuple[int, int]]):
-        """`blocks`: first position and length of each block of the prompt."""
+    def __init__(self, hooks: Hooks, prompt: int, blocks: list[tuple[int, int]], dtype):
+        """`blocks`: first position and length of each block of the prompt; `dtype`: of the run."""
         self.captures: dict[str, np.ndarray] = {}
-        self._num_keys = hooks.sequences[prompt].prompt_length
-        self._places: dict[str, tuple] = {}
-        self._sent: deque[tuple[int, Place, dict[str, jax.Array]]] = deque()
+        self._layers: dict[str, tuple[int, ...] | None] = {}
+        self._dims: dict[str, str] = {}
+        self._within: dict[str, list[tuple]] = {}  # of each block: which of its positions are kept, and where they go
         for kept in hooks.kept:
             positions, cut = hooks.prompt_positions(kept, prompt), hooks.cut(kept, prompt)
-            within = []  # of each block: which of its positions are kept, and where they go
+            if kept.pooled or not len(positions):
+                continue
+            within = []
             for begin, length in blocks:
                 here = np.flatnonzero((positions >= begin) & (positions < begin + length))
                 within.append((_span(here if cut else positions[here] - begin), _span(here)))
-            for key, (dims, _) in {} if kept.pooled else kept.outputs().items():
-                self._places[key] = kept.layers, dims, len(positions), within
+            sizes = hooks.dims(kept) | {"T": len(positions), "S": hooks.sequences[prompt].prompt_length}
+            for key, (dims, own) in kept.outputs().items():
+                shape = tuple(sizes[d] for d in dims)
+                shape = shape if kept.layers is None else (len(kept.layers), *shape)
+                self.captures[key] = np.empty(shape, own or dtype)
+                self._layers[key], self._dims[key], self._within[key] = kept.layers, dims, within
 
-    def send(self, block: int, place: Place, captures: dict[str, jax.Array]) -> None:
-        """Begins the transfer of what a block captured at a place, {key: [1, ...]}; waits for earlier ones while too
-        much is on its way.
-        """
-        if captures:
-            self._sent.append((block, place, sent(steps.gathered(captures))))
-            while len(self._sent) > 1 and sum(_nbytes(c) for _, _, c in self._sent) > ON_THEIR_WAY:
-                self._take(*self._sent.popleft())
-
-    def finish(self) -> dict[str, np.ndarray]:
-        """The captures, all of them here."""
-        while self._sent:
-            self._take(*self._sent.popleft())
-        return self.captures
-
-    def _take(self, block: int, place: Place, captures: dict[str, jax.Array]) -> None:
+    def take(self, block: int, place: Place, captures: dict[str, jax.Array]) -> None:
+        """What a block captured at a place, {key: [1, ...]}: waited for, copied once, and let go."""
         while captures:
             key, value = captures.popitem()
-            layers, dims, length, within = self._places[key]
-            before, own = [slice(None)] * dims.index("T"), np.asarray(value)[0]
-            if key not in self.captures:
-                shape = list(own.shape)
-                shape[len(before)] = length
-                if dims.endswith("S"):
-                    shape[-1] = self._num_keys
-                self.captures[key] = np.empty(shape if layers is None else (len(layers), *shape), own.dtype)
+            layers, dims = self._layers[key], self._dims[key]
             into = self.captures[key] if layers is None else self.captures[key][layers.index(place)]
-            here, there = within[block]
-            into[*before, there] = up_to(own, dims, self._num_keys)[*before, here]
+            before, (here, there) = [slice(None)] * dims.index("T"), self._within[key][block]
+            into[*before, there] = up_to(np.asarray(value)[0], dims, into.shape[-1])[*before, here]
 
 
-def sent(tree):
-    """The tree, its transfer to the host begun."""
+class Transfers:
+    """Captures on their way, oldest first."""
+
+    def __init__(self):
+        self._waiting: deque[tuple[Landing, int, Place, dict[str, jax.Array]]] = deque()
+
+    def send(self, landing: Landing, block: int, place: Place, captures: dict[str, jax.Array]) -> None:
+        """Begins one; waits for earlier ones while too much is on its way."""
+        if captures:
+            self._waiting.append((landing, block, place, to_host(steps.gathered(captures))))
+            while len(self._waiting) > 1 and sum(_nbytes(c) for *_, c in self._waiting) > ON_THEIR_WAY:
+                self._take()
+
+    def finish(self, landing: Landing) -> dict[str, np.ndarray]:
+        """The captures of a prompt, all of them here."""
+        while any(one[0] is landing for one in self._waiting):
+            self._take()
+        return landing.captures
+
+    def _take(self) -> None:
+        landing, *of_place = self._waiting.popleft()
+        landing.take(*of_place)
+
+
+def to_host(tree):
+    """The tree, its transfer begun."""
     jax.tree.map(lambda a: a.copy_to_host_async(), tree)
     return tree
 

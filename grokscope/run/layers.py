@@ -41,12 +41,21 @@ class Work:
     captures: list[list[Captured]]
 
     def take(self, stage: Stage, captured: dict, block: int) -> None:
-        for kind in stage.captures:
-            for key in kind.in_step:
-                if kind.pooled:
-                    self.pools[key] = captured[key]
-                else:
-                    self.captures[block].append((kind, key, captured[key]))
+        pools, rest = split(stage, captured)
+        self.pools |= pools
+        self.captures[block] += rest
+
+
+def split(stage: Stage, captured: dict) -> tuple[dict, list[Captured]]:
+    """The pools among what a stage captured, and the rest of what is there (spare buffers are not)."""
+    pools, rest = {}, []
+    for kind in stage.captures:
+        for key in kind.in_step:
+            if kind.pooled:
+                pools[key] = captured[key]
+            elif key in captured:
+                rest.append((kind, key, captured[key]))
+    return pools, rest
 
 
 def run_layer(config: GrokConfig, weights: Weights | Streamed, layer: int, works: list[Work]) -> None:

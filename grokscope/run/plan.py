@@ -18,8 +18,8 @@ from grokscope import look
 from grokscope.model.sharding import parts
 from grokscope.run import landing
 from grokscope.run.captures import REDUCTIONS, Kept
-from grokscope.run.decode import block_lengths, cache_length, shapes
-from grokscope.run.staging import Hooks, Place, places_of
+from grokscope.run.decode import block_lengths, cache_length, prefilled_together, shapes
+from grokscope.run.staging import Hooks, places_of
 from grokscope.run.steps import COLUMNS
 
 DISKS = (1, 3, 7)  # GB/s: a SATA disk or a network, an NVMe disk, a fast one
@@ -71,22 +71,24 @@ class Plan:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{read}"
 
 
-def priced(hooks: Hooks, batch_size: int, dtype, mesh: Mesh | AbstractMesh | None = None) -> Plan:
-    """The price of the captures of a call."""
-    slots, length = shapes([tuple(s) for s in hooks.sequences], batch_size, mesh)
-    longest = max(range(len(hooks.sequences)), key=lambda p: hooks.sequences[p].prompt_length)
-    of_prompt = {kept.key: _prompt(hooks, kept, longest, dtype, mesh) for kept in hooks.kept}
+def priced(hooks: Hooks, batch_size: int, dtype, mesh: Mesh | AbstractMesh | None, streamed: bool) -> Plan:
+    """The price of the captures of a call; `streamed`: with streamed weights."""
+    lengths = [tuple(s) for s in hooks.sequences]
+    slots, length = shapes(lengths, batch_size, mesh)
+    groups = prefilled_together(lengths, slots) if streamed else [range(p, p + 1) for p in range(len(lengths))]
+    longest = max(groups, key=lambda group: sum(lengths[p][0] for p in group))
+    of_prompt = {kept.key: sum(_prompt(hooks, kept, p, dtype, mesh) for p in longest) for kept in hooks.kept}
     share = _share_there(hooks, of_prompt)
     rows = {}
     for kept in hooks.kept:
-        num_layers = 1 if kept.layers is None else len(kept.layers)
-        spare = not kept.pooled and any(hooks.captures(kept, p) and not hooks.keeps(kept.key, p) for p in hooks.places)
-        decode = _decode(hooks, kept, slots, length, dtype, mesh)
-        device = num_layers * decode + spare * decode // 2
+        num_layers, decode = len(places_of(kept)), _decode(hooks, kept, slots, length, dtype, mesh)
+        device = num_layers * decode
+        if not streamed and _captured(hooks, kept) > num_layers:
+            device += decode // 2  # a buffer that all other layers share, and that is never copied
         device += math.ceil(num_layers * of_prompt[kept.key] * (share if _leaves(kept) else 1))
-        host = num_layers * sum(_host(hooks, kept, prompt, dtype) for prompt in range(len(hooks.sequences)))
+        host = num_layers * sum(_host(hooks, kept, prompt, dtype) for prompt in range(len(lengths)))
         rows[kept.key] = {"device": device, "host": host, "disk": host}
-    return Plan(rows, len(hooks.sequences), sum(s.longest for s in hooks.sequences))
+    return Plan(rows, len(lengths), sum(s.longest for s in hooks.sequences))
 
 
 def _decode(hooks: Hooks, kept: Kept, slots: int, length: int, dtype, mesh: Mesh | AbstractMesh | None) -> int:
@@ -110,7 +112,10 @@ def _prompt(hooks: Hooks, kept: Kept, prompt: int, dtype, mesh: Mesh | AbstractM
     cut = hooks.cut(kept, prompt)
     lengths = [padded if cut else block for block in block_lengths(n)]
     sizes = hooks.dims(kept) | {"T": sum(lengths), "S": cache_length(n)}
-    return _size(kept, sizes, dtype, mesh)
+    size = _size(kept.outputs(), sizes, dtype, mesh)
+    if kept.reduce == "lens":  # and the streams, until it is known what follows
+        size += _size(hooks.in_step(kept), sizes, dtype, mesh)
+    return size
 
 
 def _leaves(kept: Kept) -> bool:
@@ -118,14 +123,19 @@ def _leaves(kept: Kept) -> bool:
     return not kept.pooled and kept.reduce != "lens"
 
 
+def _captured(hooks: Hooks, kept: Kept) -> int:
+    """At how many places."""
+    return sum(hooks.captures(kept, place) for place in hooks.places)
+
+
 def _share_there(hooks: Hooks, of_prompt: dict[str, int]) -> float:
-    """Which part of a prompt's captures, of those that leave, is on the device at most."""
-    places: dict[Place, int] = dict.fromkeys(hooks.places, 0)
-    for kept in filter(_leaves, hooks.kept):
-        for place in places_of(kept):
-            places[place] += of_prompt[kept.key]
-    one, total = max(places.values()), sum(places.values())
-    return min(1, (one + max(one, landing.ON_THEIR_WAY)) / total) if total else 1
+    """How much of a prompt's captures that leave is on the device at most, of all that is kept of them."""
+    leaving = list(filter(_leaves, hooks.kept))
+    kept = [sum(of_prompt[k.key] for k in leaving if place in places_of(k)) for place in hooks.places]
+    there = [sum(of_prompt[k.key] for k in leaving if hooks.captures(k, place)) for place in hooks.places]
+    dropped = max(all_ - own for all_, own in zip(there, kept, strict=True))
+    held = min(sum(kept) + dropped, max(there) + max(*there, landing.ON_THEIR_WAY))
+    return held / sum(kept) if any(kept) else 1
 
 
 def _host(hooks: Hooks, kept: Kept, prompt: int, dtype) -> int:
@@ -133,11 +143,11 @@ def _host(hooks: Hooks, kept: Kept, prompt: int, dtype) -> int:
         return 0
     sequence = hooks.sequences[prompt]
     positions = int(kept.where.mask(sequence.prompt_length, sequence.longest).sum())
-    return _size(kept, hooks.dims(kept) | {"T": positions, "S": sequence.longest}, dtype)
+    return _size(kept.outputs(), hooks.dims(kept) | {"T": positions, "S": sequence.longest}, dtype)
 
 
-def _size(kept: Kept, sizes: dict[str, int], dtype, mesh: Mesh | AbstractMesh | None = None) -> int:
-    shapes = [(dims, tuple(sizes[d] for d in dims), own or dtype) for dims, own in kept.outputs().values()]
+def _size(outputs: dict[str, tuple], sizes: dict[str, int], dtype, mesh: Mesh | AbstractMesh | None = None) -> int:
+    shapes = [(dims, tuple(sizes[d] for d in dims), own or dtype) for dims, own in outputs.values()]
     return sum(math.prod(shape) // parts(dims, shape, mesh) * np.dtype(own).itemsize for dims, shape, own in shapes)
 
 
@@ -153,11 +163,13 @@ def as_bytes(budget: int | str, name: str = "budget") -> int:
     return int(float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[found[2]])
 
 
-def refuse_over(budget: int | str | None, plan: Plan, hooks: Hooks, batch_size: int, dtype) -> None:
-    """Raises MemoryError if device, host or disk would take more than the budget; it names what would fit."""
+def refuse_over(budget: int | str | None, hooks: Hooks, *pricing) -> None:
+    """Raises MemoryError if device, host or disk would take more than the budget; it names what would fit. `pricing`:
+    the other arguments of `priced`.
+    """
     if budget is None:
         return
-    limit = as_bytes(budget)
+    limit, plan = as_bytes(budget), priced(hooks, *pricing)
     if max(plan.total.values()) <= limit:
         return
     dearest = max(hooks.kept, key=lambda kept: max(plan.rows[kept.key].values()))
@@ -168,7 +180,7 @@ def refuse_over(budget: int | str | None, plan: Plan, hooks: Hooks, batch_size: 
             continue
         reduced = dataclasses.replace(dearest, reduce=name, k=min(dearest.k, 5))
         other = Hooks(hooks.config, (reduced,), (), hooks.sequences)
-        (row,) = priced(other, batch_size, dtype).rows.values()
+        (row,) = priced(other, *pricing).rows.values()
         if all(rest[place] + row[place] <= limit for place in row):
             fitting.append(f"reduce={name!r} ({look.si(max(row.values()), 'B')})")
     advice = f"; of {dearest.key}, the dearest, these would fit: {', '.join(fitting)}" if fitting else ""

@@ -5,6 +5,7 @@ is the same function whoever sits in its slots, and a call that goes on where an
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -80,7 +81,9 @@ class Hooks:
         self.width = max([config.num_selected_experts, *map(_experts_needed, changes)])
         self._wider = self.width > config.num_selected_experts
         self.places: list[Place] = ["embed", *range(config.num_layers), "head"]
+        self.by_key = {k.key: k for k in kept}
         self._captured = {place: [k for k in kept if self.captures(k, place)] for place in self.places}
+        self._after = {k.key for k in kept if self.reaches(k)[1]}
         self._edits = self._stacked(changes)
         self._decode = {place: self._decode_stage(place) for place in self.places}
 
@@ -108,15 +111,16 @@ class Hooks:
 
     # Which
 
-    def keeps(self, key: str, place: Place) -> bool:
-        return any(kept.key == key and place in places_of(kept) for kept in self.kept)
-
     def captures(self, kept: Kept, place: Place) -> bool:
-        """Whether a step captures it there. What is small is captured in all layers, and dropped where it is not kept:
-        so layers of which different things are kept are one compiled step.
+        """Whether a step captures it there: what is small in all layers, to be dropped where it is not kept, so that
+        layers of which different things are kept are one compiled step.
         """
-        small = not kept.pooled and not set(TAPS[kept.tap].dims) & {"S", "F"}
-        return place in places_of(kept) or (small and kept.layers is not None and isinstance(place, int))
+        if place in places_of(kept) or kept.layers is None or not isinstance(place, int):
+            return place in places_of(kept)
+        dims = TAPS[kept.tap].dims.replace("T", "")
+        return (
+            not kept.pooled and "S" not in dims and math.prod(self.dims(kept)[d] for d in dims) <= self.config.emb_size
+        )
 
     def takes(self, kept: Kept, prompt: int) -> bool:
         return kept.where.takes(prompt, len(self.sequences))
@@ -136,7 +140,7 @@ class Hooks:
     def _decode_stage(self, place: Place) -> tuple[Stage, list[Kept], list[Stacked]]:
         if not any(s.limit for s in self.sequences):
             return PLAIN, [], []
-        kept = [k for k in self._captured[place] if self.reaches(k)[1]]
+        kept = [k for k in self._captured[place] if k.key in self._after]
         edits = [e for e in self._edits[place] if any(self.reaches(change)[1] for _, change in e.changes)]
         return self._stage([self._kind(k, cut=False) for k in kept], edits), kept, edits
 
@@ -187,8 +191,7 @@ class Hooks:
 
     def padded_positions(self, key: str, prompt: int) -> np.ndarray:
         """Positions of the prompt that are kept, as many as are compiled for, -1 behind."""
-        (kept,) = (k for k in self.kept if k.key == key)
-        positions = self.prompt_positions(kept, prompt)
+        positions = self.prompt_positions(self.by_key[key], prompt)
         return np.pad(positions, (0, _bucket(len(positions)) - len(positions)), constant_values=-1)
 
     @property
@@ -273,8 +276,7 @@ class Hooks:
 
     def pools(self, stage: Stage, rows: int) -> dict[str, Any]:
         """The empty pools of a stage."""
-        by_key = {k.key: k for k in self.kept}
-        return {kind.key: self.pool(by_key[kind.key], rows) for kind in stage.captures if kind.pooled}
+        return {kind.key: self.pool(self.by_key[kind.key], rows) for kind in stage.captures if kind.pooled}
 
     def in_step(self, kept: Kept) -> dict[str, tuple[str, str | None]]:
         """{key: (dims, dtype)} of what a step gives of a capture that is not pooled."""
@@ -293,13 +295,12 @@ class Hooks:
 
     def spares(self, slots: int, columns: int, length: int, dtype) -> tuple[dict[str, Any], list[list[str]]]:
         """Capture buffers that all layers share which do not keep what they capture, and which of them each takes."""
-        made, shared = {}, []
-        for layer in range(self.config.num_layers):
-            spare = [k for k in self._decode[layer][1] if layer not in k.layers]
-            for k in spare:
-                made |= {} if k.key in made else self._zeros(k, slots, columns, length, dtype)
-            shared.append([key for k in spare for key in self.in_step(k)])
-        return made, shared
+        layers = range(self.config.num_layers)
+        spare = [[k for k in self._decode[layer][1] if layer not in k.layers] for layer in layers]
+        made = {}
+        for kept in {k.key: k for of_layer in spare for k in of_layer}.values():
+            made |= self._zeros(kept, slots, columns, length, dtype)
+        return made, [[key for k in of_layer for key in self.in_step(k)] for of_layer in spare]
 
     def _zeros(self, kept: Kept, slots: int, columns: int, length: int, dtype) -> dict[str, Any]:
         shapes = self.buffer_shapes(kept, slots, columns, length, dtype)

@@ -189,8 +189,8 @@ def stacked(captures: dict[str, list[jax.Array]]) -> dict[str, jax.Array]:
     return {key: here(jnp.stack(layers)) for key, layers in captures.items()}
 
 
-def gathered(captures: dict[str, list[jax.Array]]) -> dict[str, list[jax.Array]]:
-    """{key: [of each layer]} as this host may look at them; where there is one, they are not copied."""
+def gathered(captures: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Captures as this host may look at them; where there is one host, they are not copied."""
     return _everywhere(captures) if captures and jax.process_count() > 1 else captures
 
 
