@@ -75,6 +75,18 @@ def test_positions_of_several_blocks(grok):
         close(few["attn_pattern", 3], whole["attn_pattern", 3][:, picked])
 
 
+def test_a_lens_of_several_blocks(grok):
+    tokens, lens = np.arange(530) % 700 + 5, {"reduce": "lens", "k": 1}
+    whole = grok.trace(tokens, capture=["logits", gs.capture("resid_post", **lens)])
+    np.testing.assert_array_equal(whole["resid_post.lens"][-1, :, 0], whole["logits"].argmax(-1))
+    own = np.take_along_axis(whole["logits"][:-1], tokens[1:, None], axis=-1)
+    np.testing.assert_array_equal(whole["resid_post.lens_rank"][-1, :-1], (whole["logits"][:-1] > own).sum(-1))
+    for picked in ([*range(10), *range(514, 524)], [*range(0, 520, 2), 525]):
+        few = grok.trace(tokens, capture=gs.capture("resid_post", layers=[1, 5], positions=picked, **lens))
+        for key in ("resid_post.lens", "resid_post.lens_rank"):
+            np.testing.assert_array_equal(few[key], whole[key][[1, 5]][:, picked])
+
+
 def test_attention_in_parts_is_attention_as_a_whole(grok):
     """Long prompts attend in parts, unless a hook looks at scores or patterns."""
     tokens = np.arange(900) % 700 + 5
@@ -485,7 +497,12 @@ def test_layers_of_which_different_things_are_kept(small):
     """They are one compiled step, and what is kept is what a capture of all layers has there."""
 
     def wishes(*layers):
-        kinds = [("q", {}), ("moe_out", {}), ("resid_post", {"reduce": "lens"}), ("router_probs", {"reduce": "topk"})]
+        kinds = [
+            ("attn_out", {}),
+            ("moe_out", {}),
+            ("resid_post", {"reduce": "lens"}),
+            ("router_probs", {"reduce": "topk"}),
+        ]
         return [gs.capture(tap, layers=at, **of) for (tap, of), at in zip(kinds, layers, strict=True)]
 
     def run(captures):
@@ -494,12 +511,14 @@ def test_layers_of_which_different_things_are_kept(small):
     picked = [[0, 2], [1], [2], [0]]
     with compilations() as found:
         some = run(wishes(*picked))
-    assert sum("decode_layer" in name for name in found) == 1, found
+    assert [sum(step in name for name in found) for step in ("(_layer)", "(decode_layer)")] == [1, 1], found
     for one, whole in zip(some, run(wishes(*[[0, 1, 2]] * 4)), strict=True):
         assert list(one.taps) == list(whole.taps)
         for tap in one.taps:
             np.testing.assert_array_equal(one[tap], whole[tap][one.layers[tap]], err_msg=tap)
-        assert [one.layers[tap] for tap in ("q", "moe_out", "resid_post.lens_rank", "router_probs.topk")] == picked
+        assert [
+            one.layers[tap] for tap in ("attn_out", "moe_out", "resid_post.lens_rank", "router_probs.topk")
+        ] == picked
 
 
 class compilations:

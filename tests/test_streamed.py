@@ -7,14 +7,8 @@ from conftest import small_config, write_random
 import grokscope as gs
 from grokscope.checkpoint.weights import stored_bytes
 
-TAPS = (
-    "resid_post",
-    "attn_pattern",
-    "expert_out",
-    "logits",
-    gs.capture("resid_mid", reduce="moments"),
-    gs.capture("q", layers=1),
-)
+MOMENTS, OF_ONE_LAYER = gs.capture("resid_mid", reduce="moments"), gs.capture("q", layers=1)
+TAPS = ("resid_post", "attn_pattern", "expert_out", "logits", MOMENTS, OF_ONE_LAYER)
 PROMPTS = [np.arange(5, 5 + n) for n in (3, 40, 1, 17, 9)]
 
 
@@ -90,14 +84,10 @@ def test_a_short_input_reads_the_experts_it_chose(checkpoint, sizes):
         )
         / 4
     )
-    attention = (
-        sum(
-            (checkpoint / "ckpt-0" / file).stat().st_size
-            for file, slot in files.items()
-            if slot.layer is not None and slot.param.dims[0] != "E"
-        )
-        / 4
-    )
+    attention = sum(
+        (checkpoint / "ckpt-0" / file).stat().st_size
+        for file, slot in files.items() if slot.layer is not None and slot.param.dims[0] != "E"
+    ) / 4  # fmt: skip
     read = streamed._weights.bytes_read - before
     assert trace["expert_index"].shape == (4, 1, 2)
     assert read <= 4 * 2 * of_expert + 5 * attention + 1  # one layer's attention is read ahead
