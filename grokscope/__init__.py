@@ -8,7 +8,7 @@
 Names are imported when they are first used: `import grokscope` loads neither jax nor matplotlib.
 """
 
-import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -44,6 +44,7 @@ _NAMES = {
     "Tokenizer": "grokscope.tokenizer",
     "verify": "grokscope.checkpoint.ckpt0",
 }
+_CLUSTER = ("Cluster", "ClusterError", "cluster")  # of an extra
 _MODULES = {"analysis": "grokscope.analysis", "plot": "grokscope.notebook.plots"}
 
 __all__ = [*_NAMES, *_MODULES]
@@ -69,11 +70,17 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str):
     if name in _NAMES:
-        return getattr(importlib.import_module(_NAMES[name]), name)
+        try:
+            return getattr(importlib.import_module(_NAMES[name]), name)
+        except ModuleNotFoundError as err:
+            if name not in _CLUSTER:
+                raise
+            raise ModuleNotFoundError(f'gs.{name} needs {err.name}: pip install -e ".[cluster]"') from err
     if name in _MODULES:
         return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module 'grokscope' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    absent = () if importlib.util.find_spec("ipyparallel") else _CLUSTER
+    return sorted({*__all__} - {*absent})

@@ -158,16 +158,21 @@ def routing_table(trace: gs.Trace) -> str:
     return "\n".join(lines)
 
 
-def _captures(text: str | None) -> list | None:
+def _captures(texts: list[str] | None) -> list | None:
     """router_logits,resid_post:layers=2,5:reduce=norm -> captures. Names are divided by commas, selectors by colons."""
-    if text is None:
+    if not texts:
         return None
     found = []
-    for item in re.split(r",(?=[^,:=]*[A-Za-z_*])", text):
+    for item in re.split(r",(?=[^,:=]*[A-Za-z_*])", ",".join(texts)):
         name, *selectors = item.split(":")
         given: dict[str, Any] = {}
         for selector in selectors:
-            key, _, value = selector.partition("=")
+            key, equals, value = selector.partition("=")
+            if not equals:
+                raise ValueError(
+                    f"--capture {item}: {selector!r} is not a selector; expected as in layers=2,5 or reduce=norm "
+                    "(a slice is written out, or given in Python)"
+                )
             numbers = re.fullmatch(r"-?\d+(,-?\d+)*", value)
             given[key] = [int(n) for n in value.split(",")] if numbers else True if value == "true" else value
         try:
@@ -196,7 +201,10 @@ def _prompts(path: Path) -> list:
     return found
 
 
-Wishes = Annotated[str | None, typer.Option(help="As in router_logits,resid_post:layers=2,5:reduce=norm")]
+Wishes = Annotated[
+    list[str] | None,
+    typer.Option(help="As in router_logits,resid_post:layers=2,5:reduce=norm; may be given again."),
+]
 Prompts = Annotated[Path, typer.Argument(help="JSON lines: a text, a list of ids, or an object with prompt or tokens.")]
 
 

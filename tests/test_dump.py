@@ -325,13 +325,18 @@ def test_on_the_command_line(random_checkpoint, tmp_path):
         "--checkpoint",
         random_checkpoint,
         "--capture",
-        "router_logits,resid_post:layers=0,2,attn_pattern:reduce=entropy",
+        "router_logits,resid_post:layers=0,2",
+        "--capture",
+        "attn_pattern:reduce=entropy",
     )
     done = run(
         "dump", tmp_path / "p.jsonl", tmp_path / "d", *options, "--max-new-tokens", 4, "--budget", "2GB", "--resume"
     )
     assert done.returncode == 0, done.stderr
     found = gs.open(tmp_path / "d")
+    assert len({path.stat().st_mode for path in (tmp_path / "d").glob("*-*.*")}) == 1, (
+        "all may be read by the same people"
+    )
     assert len(found) == 6
     assert found[5].layers["resid_post"] == [0, 2]
     assert found[5]["attn_pattern.entropy"].shape == (3, 4, len(found[5]))

@@ -192,7 +192,7 @@ def test_loss(grok):
     ("call", "error", "words"),
     [
         (lambda g: g.trace(""), ValueError, "prompt 0 is empty"),
-        (lambda g: g.trace([]), ValueError, "prompt 0 is empty"),
+        (lambda g: g.trace([]), ValueError, "an empty list"),
         (lambda g: g.trace(["a", ""]), ValueError, "prompt 1 is empty"),
         (lambda g: g.trace([5] * 9000), ValueError, "9000 tokens; the context holds 1024"),
         (lambda g: g.generate([5] * 1000, max_new_tokens=25), ValueError, "1025 in all; the context holds 1024"),

@@ -44,3 +44,7 @@ def __getattr__(name: str):
     if name in _CAUSAL:
         return getattr(importlib.import_module("grokscope.analysis.causal"), name)
     raise AttributeError(f"module 'grokscope.analysis' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -76,7 +76,7 @@ def shown(source: Source, layer: int, head: int, measure: str, *, top: int = 10)
         target = targets(trace.tokens)[measure]
         for number, numbers, positions, pattern in patterns(trace, layer):
             if head not in numbers or number != layer:
-                raise KeyError(f"head {head} of layer {layer} was not kept; kept are {list(numbers)}")
+                raise KeyError(f"head {head} of layer {layer} was not kept; kept are {[*map(int, numbers)]}")
             masked = pattern[list(numbers).index(head)] * target[positions]
             score = masked.sum(-1)
             for row in np.argsort(-score, kind="stable")[:top]:

@@ -138,7 +138,7 @@ def compare(a: Trace, b: Trace) -> Comparison:
         log_a, log_b = (
             log_softmax(t["logits"][at].astype(np.float64)) for t, at in ((a, pairs[:, 0]), (b, pairs[:, 1]))
         )
-        kl = (np.exp(log_a) * (log_a - log_b)).sum(-1)
+        kl = (np.exp(log_a) * (log_a - log_b)).sum(-1).astype(np.float32)
     return Comparison(a, b, pairs, divergence, layers, routing, swapped, kl)
 
 

@@ -198,7 +198,7 @@ def attention(trace: Trace, layer: int, head: int | None = None, ax: "Axes | Non
     """
     ((_, numbers, positions, pattern),) = attention_analysis.patterns(trace, layer)
     if head is not None and head not in numbers:
-        raise KeyError(f"head {head} of layer {layer} was not kept; kept are {list(numbers)}")
+        raise KeyError(f"head {head} of layer {layer} was not kept; kept are {[*map(int, numbers)]}")
     boundary = (np.asarray(positions) < trace.prompt_length).sum() - 0.5
     with _styled(ax, *((3.5, 3.5) if head is not None else (7.2, 1.1 + 1.05 * -(-len(numbers) // 8)))) as ax:
         if head is not None:

@@ -47,7 +47,8 @@ def refuse_existing(directory: Path | str) -> None:
     if not directory.exists() or (directory.is_dir() and _begun_only(directory)):
         return
     if not directory.is_dir() or any(directory.iterdir()):
-        raise FileExistsError(f"{directory} exists and is not an empty folder; choose a new one, or delete it first")
+        begun = "it holds a dump: resume it, or " if (directory / "manifest.json").exists() else ""
+        raise FileExistsError(f"{directory} exists and is not an empty folder; {begun}choose a new one, or delete it")
 
 
 def _begun_only(directory: Path) -> bool:
@@ -180,7 +181,10 @@ def _save_tensors(traces: dict[int, Trace], path: Path) -> None:
     arrays = {f"{p}.{name}": getattr(t, name) for p, t in traces.items() for name in ARRAYS}
     arrays |= {f"{p}.tap.{name}": a for p, t in traces.items() for name, a in t.taps.items()}
     fields = {p: {name: getattr(t, name) for name in FIELDS} for p, t in traces.items()}
+    path.touch()  # save_file alone lets nobody else read it
+    mode = path.stat().st_mode
     save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, path, {"traces": json.dumps(fields)})
+    path.chmod(mode)
 
 
 def _save_table(traces: dict[int, Trace], table: str, path: Path) -> None:

@@ -151,6 +151,7 @@ def set(tap: str, value, **selectors) -> Edit:
 def patch(trace: Trace, tap: str, *, positions=None, **selectors) -> Edit:
     """The tap as another Trace has it, at the same positions, or at those of a map {position: position there}.
 
+    Without `positions`, where the other Trace is shorter, what is behind its end stays as it is.
     The Trace must hold the tap at the layers and heads that are patched. Negative positions count from the end of the
     prompt on either side. Raises KeyError for a tap that was not captured.
     """

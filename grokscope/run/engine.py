@@ -63,7 +63,7 @@ class TokenEvent:
     id: int
     text: str
     logprob: float
-    glimpse: Callable[[str, bool], np.ndarray]
+    glimpse: Callable[[str, bool], np.ndarray] = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +240,8 @@ class Grok:
           x: prompts. A text gets BOS in front if config.prompt_bos says so; ids are never changed.
           max_new_tokens: tokens to make at most. Prompt and these must fit the context.
           temperature: 0 is exact greedy.
-          top_p, top_k: keep the most probable tokens up to this mass, or this number of them.
+          top_p, top_k: keep the most probable tokens up to this mass of the whole distribution at this temperature, and
+            no more than this number of them.
           seed: one for all prompts or one each; the same seed gives the same text, alone or in a batch.
           stop_at_eos: end at EOS. An EOS in a prompt does not end it.
           stop: strings that end it; the token that completes one is kept.
@@ -306,7 +307,7 @@ class Grok:
         `tokens` instead of x: that many, in prompts as long as the context allows. Raises as `generate` does.
         """
         if (x is None) == (tokens is None):
-            raise ValueError("give either prompts or tokens=, not both")
+            raise ValueError("give either prompts or tokens=" + ("" if x is None else ", not both"))
         if max_new_tokens:
             _limit(max_new_tokens)
         if (tokens is not None and tokens < 1) or max_new_tokens >= self.config.sequence_len:
@@ -441,7 +442,7 @@ class Grok:
             if slot.layer == layer:
                 found[f"{slot.param.module.removeprefix('layer/')}/{slot.param.name}"] = slot
         if name not in found:
-            where = f"of layer {layer}" if layer is not None else "outside the layers"
+            where = f"of layer {layer}" if layer is not None else "outside the layers (layer= names one)"
             raise KeyError(f"no weight {name!r} {where}; there are {', '.join(found) or 'none'}")
         tensor = self._checkpoint.read(found[name])
         if tensor.scales is None:
@@ -586,7 +587,9 @@ class Grok:
         if isinstance(x, bytes | bytearray | Mapping) or np.isscalar(x) or not hasattr(x, "__len__"):
             raise TypeError(f"a prompt is a text, token ids, or a list of either; got {type(x).__name__}")
         items = list(x)
-        single = not items or _is_number(items[0])
+        if not items:
+            raise ValueError("an empty list: expected prompts, or a prompt of at least one token")
+        single = _is_number(items[0])
         return [self._ids(p, i, limit) for i, p in enumerate([items] if single else items)], single
 
     def _ids(self, prompt: Prompt, index: int, limit: int) -> np.ndarray:

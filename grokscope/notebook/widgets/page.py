@@ -327,7 +327,7 @@ def _label(pattern: np.ndarray, about: dict[str, np.ndarray]) -> tuple[str, floa
 
 
 def view(*traces: Trace, panes: str | Sequence[str] = VIEWS) -> Page:
-    """One Trace, or several to compare, in the explorer's views, without a model: also what `gs.open` gives.
+    """One Trace, or several to compare, in the explorer's views, without a model; from disk, `gs.open(dump)[0]`.
 
     `panes`: one or more of "token_strip", "routing", "expert_load", "router_entropy", "coactivation", "transitions",
     "attention" (needs "attn_pattern" or q and k), "logit_lens" (needs a lens), which are plots too, "token" (route,
