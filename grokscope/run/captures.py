@@ -188,9 +188,8 @@ Wish = str | Capture
 
 def as_captures(wishes: Wish | Iterable[Wish] | None) -> tuple[Capture, ...]:
     """What a user gives as `capture=`, as captures. Raises TypeError for anything else."""
-    wishes = (
-        () if wishes is None else wishes if isinstance(wishes, Iterable) and not isinstance(wishes, str) else [wishes]
-    )
+    wishes = () if wishes is None else wishes
+    wishes = tuple(wishes) if isinstance(wishes, Iterable) and not isinstance(wishes, str) else (wishes,)
     for wish in wishes:
         if not isinstance(wish, str | Capture):
             raise TypeError(f"capture={wish!r}: expected names of taps or grokscope.capture(...)")
