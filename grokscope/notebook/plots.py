@@ -255,7 +255,10 @@ def token_strip(trace: Trace, layer: int = 0, ax: "Axes | None" = None) -> "Axes
 
 
 def logit_lens(trace: Trace, tap: str = "resid_post", ax: "Axes | None" = None) -> "Axes":
-    """Layer by position: the token the stream would predict, shaded by its probability. Needs a captured lens."""
+    """Layer by position: the token the stream would predict, shaded by its probability. Needs a captured lens.
+
+    Words are written where there is room for them, up to 32 positions: capture some (`positions=`) of a longer text.
+    """
     frame = lens_table(trace, tap).query("best == 0")
     layers, positions = np.unique(frame.layer), np.unique(frame.position)
     probs = np.exp(frame.logprob.to_numpy()).reshape(len(layers), len(positions))
@@ -263,7 +266,8 @@ def logit_lens(trace: Trace, tap: str = "resid_post", ax: "Axes | None" = None) 
     ranks = frame["rank"].to_numpy().reshape(probs.shape)
     with _styled(ax, float(np.clip(1.2 + 0.42 * len(positions), 3.5, 11)), 0.9 + 0.22 * len(layers)) as ax:
         ax.imshow(probs, cmap=SEQUENTIAL, vmin=0, vmax=1)
-        if len(positions) <= 32:
+        written = len(positions) <= 32
+        if written:
             for row, column in np.ndindex(probs.shape):
                 label = look.piece_label(words[row, column])[:7]
                 color = look.ink_on(to_hex(SEQUENTIAL(probs[row, column])))
@@ -272,7 +276,8 @@ def logit_lens(trace: Trace, tap: str = "resid_post", ax: "Axes | None" = None) 
             ax.set_xticks(range(len(positions)), [look.piece_label(trace.pieces[i]) for i in positions], rotation=90)
         _layer_ticks(ax, list(layers))
         ax.set_ylabel("layer")
-        ax.set_title("Lens: best next token after each layer, shade = probability; bold: it followed", fontsize=8)
+        best = "best next token after each layer, shade = probability; bold: it followed"
+        ax.set_title(f"Lens: {best if written else 'probability of the best next token after each layer'}", fontsize=8)
     return ax
 
 

@@ -154,8 +154,9 @@ def capture(
 
     Args:
       tap: a name of grokscope.TAPS, a glob, or a TransformerLens spelling.
-      layers, heads, experts, positions, steps, phase, prompts: an int, a list or a slice each; see Where. `heads` are
-        key-value heads for k and v.
+      layers, heads, experts, positions, steps, phase, prompts: an int, a list or a slice each. `heads` are key-value
+        heads for k and v. `positions` may be negative, from the end of the prompt, or "last", its last one; `steps`
+        count generated tokens from 0; `phase` is "prefill" or "decode"; `prompts` are numbers in the call.
       reduce: computed on the device: a name of grokscope.REDUCTIONS. The Trace has it as "tap.reduce".
       k: how many "topk" and "lens" keep.
       labels: for "count": int [V], a class from 0 for each token of the vocabulary, counted apart; -1 is not counted.

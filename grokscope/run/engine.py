@@ -347,6 +347,7 @@ class Grok:
     ) -> Dump:
         """Traces of many prompts (max_new_tokens=0: forward passes alone), written part by part while it runs.
 
+        A part is written at 16 MB or after a minute; a killed process loses what was not, and makes it again.
         `resume` goes on with a dump of the same call that was cut short, even by kill -9: what is there stays, and what
         is made is what would have been made, to the bit. On Ctrl-C finished Traces are written, and KeyboardInterrupt
         is raised. `progress` is told after each Trace how many are done. The rest is as in `generate`.
