@@ -265,8 +265,9 @@ IN_ONE_LAYER = ["resid_pre", "resid_mid", "q", "attn_z", "attn_out", "moe_out"]
             gs.capture("resid_post", reduce="lens", name="all"),
             gs.capture("resid_post", reduce="lens", positions=[3, 560]),
         ],
+        [gs.capture("resid_post", reduce="lens", layers=2)],
     ],
-    ids=["all layers", "one each", "lens"],
+    ids=["all layers", "one each", "lens", "lens of one"],
 )
 def test_captures_of_a_prompt_leave_layer_by_layer(grok, monkeypatch, wishes):
     """They are the same, and the device holds no more of them than a plan says, of prompts of several blocks too."""

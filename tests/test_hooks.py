@@ -695,3 +695,17 @@ def test_a_glimpse_is_what_is_kept(small):
 
     trace = small.generate(TOKENS, NEW, on_token=look, stop_at_eos=False)
     assert (np.concatenate(seen, axis=1) == trace["router_logits"]).all()
+
+
+def test_a_glimpse_of_what_another_prompt_keeps(small):
+    def look(event):
+        if event.prompt == 0:
+            assert event.glimpse("attn_out", False).shape[0] == 1
+        else:
+            with pytest.raises(KeyError, match="'attn_out' is not captured of prompt 1"):
+                event.glimpse("attn_out", False)
+
+    wish = gs.capture("attn_out", layers=2, prompts=0)
+    first, second = small.generate([TOKENS, TOKENS], 3, on_token=look, stop_at_eos=False, capture=wish)
+    assert "attn_out" in first.taps
+    assert "attn_out" not in second.taps

@@ -267,8 +267,8 @@ class Run:
             run_layer(self.config, self.weights, layer, works)
             for one, work in zip(passes, works, strict=True):
                 one.job.pools.append(work.pools)
-                for block, captured in enumerate(work.captures):
-                    self._send(one, block, layer, captured)
+                for block in range(len(one.at)):
+                    self._send(one, block, layer, work.captures[block])
                 work.captures = []  # or they would be held while the next layer runs
                 if one.job.limit:
                     one.caches.append(work.cache)
@@ -445,8 +445,11 @@ class Run:
     def glimpse(self, job: Job, key: str, of_prompt: bool) -> np.ndarray:
         """A capture of a running job before it is done: of its prompt [L, T, ...], or of its last token [L, ...].
 
-        Waits for the device, and costs a transfer each time. Raises KeyError for what is not captured whole.
+        Waits for the device, and costs a transfer each time. Raises KeyError for what is not captured whole, or not of
+        this prompt.
         """
+        if not any(key in kept.outputs() and self.hooks.takes(kept, job.row) for kept in self.hooks.kept):
+            raise KeyError(f"{key!r} is not captured of prompt {job.row}")
         if of_prompt:
             if self.arriving is job:
                 self._land()

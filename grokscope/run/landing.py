@@ -20,11 +20,13 @@ class Landing:
 
     Attributes:
       captures: {key: numpy [L,] dims}.
+      awaited: how many transfers have not come.
     """
 
     def __init__(self, hooks: Hooks, prompt: int, blocks: list[tuple[int, int]], dtype):
         """`blocks`: first position and length of each block of the prompt; `dtype`: of the run."""
         self.captures: dict[str, np.ndarray] = {}
+        self.awaited = 0
         self._layers: dict[str, tuple[int, ...] | None] = {}
         self._dims: dict[str, str] = {}
         self._within: dict[str, list[tuple]] = {}  # of each block: which of its positions are kept, and where they go
@@ -58,23 +60,29 @@ class Transfers:
 
     def __init__(self):
         self._waiting: deque[tuple[Landing, int, Place, dict[str, jax.Array]]] = deque()
+        self._nbytes = 0
 
     def send(self, landing: Landing, block: int, place: Place, captures: dict[str, jax.Array]) -> None:
         """Begins one; waits for earlier ones while too much is on its way."""
-        if captures:
-            self._waiting.append((landing, block, place, to_host(steps.gathered(captures))))
-            while len(self._waiting) > 1 and sum(_nbytes(c) for *_, c in self._waiting) > ON_THEIR_WAY:
-                self._take()
+        if not captures:
+            return
+        self._waiting.append((landing, block, place, to_host(steps.gathered(captures))))
+        self._nbytes += _nbytes(captures)
+        landing.awaited += 1
+        while len(self._waiting) > 1 and self._nbytes > ON_THEIR_WAY:
+            self._take()
 
     def finish(self, landing: Landing) -> dict[str, np.ndarray]:
         """The captures of a prompt, all of them here."""
-        while any(one[0] is landing for one in self._waiting):
+        while landing.awaited:
             self._take()
         return landing.captures
 
     def _take(self) -> None:
-        landing, *of_place = self._waiting.popleft()
-        landing.take(*of_place)
+        landing, block, place, captures = self._waiting.popleft()
+        self._nbytes -= _nbytes(captures)
+        landing.awaited -= 1
+        landing.take(block, place, captures)
 
 
 def to_host(tree):

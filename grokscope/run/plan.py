@@ -83,8 +83,8 @@ def priced(hooks: Hooks, batch_size: int, dtype, mesh: Mesh | AbstractMesh | Non
     for kept in hooks.kept:
         num_layers, decode = len(places_of(kept)), _decode(hooks, kept, slots, length, dtype, mesh)
         device = num_layers * decode
-        if not streamed and _captured(hooks, kept) > num_layers:
-            device += decode // 2  # a buffer that all other layers share, and that is never copied
+        if _captured(hooks, kept) > num_layers:  # what other layers drop: one buffer for all, and a stream at a time
+            device += (0 if streamed else decode // 2) + (of_prompt[kept.key] if kept.reduce == "lens" else 0)
         device += math.ceil(num_layers * of_prompt[kept.key] * (share if _leaves(kept) else 1))
         host = num_layers * sum(_host(hooks, kept, prompt, dtype) for prompt in range(len(lengths)))
         rows[kept.key] = {"device": device, "host": host, "disk": host}
