@@ -219,7 +219,7 @@ def test_attention_afterwards(small, truth):
         (lambda: gs.capture("logits", layers=1), ValueError, "has no layers"),
         (lambda: gs.capture("expert_index", reduce="count", labels=[0, 1]), ValueError, "one for each of 97"),
         (lambda: ["resid_post", gs.capture("resid_post", positions=1)], ValueError, "captured twice"),
-        (lambda: 7, TypeError, "int"),
+        (lambda: 7, TypeError, "capture=7: expected names of taps"),
     ],
 )
 def test_impossible_captures(small, wish, error, words):

@@ -125,7 +125,8 @@ def zeros(dims: Sequence[str], shape: Sequence[int], dtype) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _zeros(shape: tuple[int, ...], dtype, sharding: NamedSharding | None) -> jax.Array:
     """Compiled: jax.numpy.zeros takes ten times as long to call, which is a fifth of a pass over a short prompt."""
-    return jax.numpy.zeros(shape, dtype, device=sharding)
+    made = jax.numpy.zeros(shape, dtype)
+    return made if sharding is None else jax.lax.with_sharding_constraint(made, sharding)
 
 
 def replicated(tree):
