@@ -626,7 +626,8 @@ class Grok:
             raise ValueError(
                 f"{name} has {len(ids)} tokens"
                 + (f" and max_new_tokens={limit}, {len(ids) + limit} in all" if limit else "")
-                + f"; the context holds {self.config.sequence_len}. Shorten the prompt or make fewer tokens"
+                + f"; the context holds {self.config.sequence_len}. Shorten the prompt"
+                + (" or make fewer tokens" if limit else ", or give it in pieces, of grok.tokenizer.encode(text)")
             )
         return ids.astype(np.int32)
 
