@@ -44,7 +44,7 @@ _NAMES = {
     "Tokenizer": "grokscope.tokenizer",
     "verify": "grokscope.checkpoint.ckpt0",
 }
-_CLUSTER = ("Cluster", "ClusterError", "cluster")  # of an extra
+_CLUSTER = [name for name, room in _NAMES.items() if room == "grokscope.notebook.cluster"]  # of an extra
 _MODULES = {"analysis": "grokscope.analysis", "plot": "grokscope.notebook.plots"}
 
 __all__ = [*_NAMES, *_MODULES]

@@ -60,6 +60,7 @@ def test_rehearse(tmp_path):
     [
         (("generate", "x", "--checkpoint", "nowhere"), "nowhere is not a directory"),
         (("generate", "x", "--temperature", "-1"), "temperature=-1"),
+        (("plan", "--tokens", "9", "--capture", "q:layers=0:2"), "'2' is not a selector; expected as in layers=2,5"),
         (("verify", "nowhere"), "nowhere is not a directory"),
         (("download", "--from", "ftp"), "--from ftp: expected torrent or hub"),
         (("rehearse", "r", "--layers", "2", "--width", "tiny"), "--width tiny: expected full or mini"),

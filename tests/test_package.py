@@ -28,6 +28,16 @@ def test_public_names():
         _ = gs.loads
 
 
+def test_names_of_an_extra_that_is_not_installed(monkeypatch):
+    """They are not shown, so that help() gets through, and asked for they say what to install."""
+    monkeypatch.setitem(sys.modules, "cloudpickle", None)
+    monkeypatch.delitem(sys.modules, "grokscope.notebook.cluster", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"gs.cluster needs cloudpickle: pip install -e"):
+        _ = gs.cluster
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert set(gs.__all__) - set(dir(gs)) == {"Cluster", "ClusterError", "cluster"}
+
+
 def test_versions_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == gs.__version__

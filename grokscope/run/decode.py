@@ -11,10 +11,11 @@ the slots.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -238,14 +239,9 @@ class Run:
 
     def _next_prompts(self) -> list[Job]:
         """Those that are prefilled next: one, or with streamed weights as many as may share a reading of the layers."""
-        free = self.slots.count(None)
-        found, tokens = [], 0
-        for job in self.waiting:
-            tokens += len(job.prompt)
-            if (job.limit and len(found) == free) or (found and not (self.streamed and tokens <= TOGETHER)):
-                break
-            found.append(job)
-        return found
+        lengths = ((len(job.prompt), job.limit) for job in self.waiting)
+        count = prefilled_together(lengths, self.slots.count(None))
+        return list(itertools.islice(self.waiting, count if self.streamed else min(count, 1)))
 
     def _seat(self, job: Job, caches: list[KVCache], first: DecodeState) -> None:
         job.slot, job.first_step = self.slots.index(None), self.step
@@ -525,21 +521,30 @@ def shapes(lengths: list[tuple[int, int]], batch_size: int, mesh: Mesh | Abstrac
 def tokens_of_passes(lengths: list[tuple[int, int]], batch_size: int, mesh: Mesh | AbstractMesh | None) -> list[int]:
     """Tokens of each pass that reads streamed layers, where prompts of these lengths make all their limits allow."""
     slots, _ = shapes(lengths, batch_size, mesh)
-    groups = prefilled_together(lengths, slots)
+    groups = reading_groups(lengths, slots)
     steps = sum(max(lengths[p][1] for p in group) for group in groups)
     return [sum(lengths[p][0] for p in group) for group in groups] + [slots] * steps
 
 
-def prefilled_together(lengths: list[tuple[int, int]], slots: int) -> list[range]:
-    """Numbers of the prompts of these lengths and limits that share a reading of streamed layers."""
+def prefilled_together(lengths: Iterable[tuple[int, int]], free: int) -> int:
+    """How many prompts of these lengths and limits, from the first on, may share a reading of streamed layers where as
+    many slots are free."""
+    count = tokens = 0
+    for length, limit in lengths:
+        tokens += length
+        if (limit and count == free) or (count and tokens > TOGETHER):
+            break
+        count += 1
+    return count
+
+
+def reading_groups(lengths: list[tuple[int, int]], slots: int) -> list[range]:
+    """Numbers of the prompts that share each reading, if all of a group end together."""
     groups, begin = [], 0
     while begin < len(lengths):
-        end, tokens = begin + 1, lengths[begin][0]
-        while end < len(lengths) and end - begin != slots and tokens + lengths[end][0] <= TOGETHER:
-            tokens += lengths[end][0]
-            end += 1
-        groups.append(range(begin, end))
-        begin = end
+        count = prefilled_together((lengths[p] for p in range(begin, len(lengths))), slots)
+        groups.append(range(begin, begin + count))
+        begin += count
     return groups
 
 

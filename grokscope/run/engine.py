@@ -347,10 +347,10 @@ class Grok:
     ) -> Dump:
         """Traces of many prompts (max_new_tokens=0: forward passes alone), written part by part while it runs.
 
-        A part is written at 16 MB or after a minute; a killed process loses what was not, and makes it again.
-        `resume` goes on with a dump of the same call that was cut short, even by kill -9: what is there stays, and what
-        is made is what would have been made, to the bit. On Ctrl-C finished Traces are written, and KeyboardInterrupt
-        is raised. `progress` is told after each Trace how many are done. The rest is as in `generate`.
+        A part is written at 16 MB or after a minute. `resume` goes on with a dump of the same call that was cut short,
+        even by kill -9: parts that are there stay, and the rest is made as it would have been, to the bit. On Ctrl-C
+        finished Traces are written, and KeyboardInterrupt is raised. `progress` is told after each Trace how many are
+        done. All else is as in `generate`.
 
         Raises, beside what generate does: FileExistsError for a folder that holds anything; ValueError to resume the
         dump of another call; OSError if it cannot be written (finished parts stay).
@@ -375,8 +375,7 @@ class Grok:
                     writer.add(trace.meta["prompt"], trace)
                 progress(count)
         wait_for_all()
-        found = Dump(directory)
-        if found.missing:
+        if (found := Dump(directory)).missing:
             raise KeyboardInterrupt
         return found
 

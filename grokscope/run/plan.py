@@ -18,7 +18,7 @@ from grokscope import look
 from grokscope.model.sharding import parts
 from grokscope.run import landing
 from grokscope.run.captures import REDUCTIONS, Kept
-from grokscope.run.decode import block_lengths, cache_length, prefilled_together, shapes
+from grokscope.run.decode import block_lengths, cache_length, reading_groups, shapes
 from grokscope.run.staging import Hooks, places_of
 from grokscope.run.steps import COLUMNS
 
@@ -75,7 +75,7 @@ def priced(hooks: Hooks, batch_size: int, dtype, mesh: Mesh | AbstractMesh | Non
     """The price of the captures of a call; `streamed`: with streamed weights."""
     lengths = [tuple(s) for s in hooks.sequences]
     slots, length = shapes(lengths, batch_size, mesh)
-    groups = prefilled_together(lengths, slots) if streamed else [range(p, p + 1) for p in range(len(lengths))]
+    groups = reading_groups(lengths, slots) if streamed else [range(p, p + 1) for p in range(len(lengths))]
     longest = max(groups, key=lambda group: sum(lengths[p][0] for p in group))
     of_prompt = {kept.key: sum(_prompt(hooks, kept, p, dtype, mesh) for p in longest) for kept in hooks.kept}
     share = _share_there(hooks, of_prompt)

@@ -63,6 +63,7 @@ class Stacked:
 
 
 def places_of(hook: Kept | Change) -> tuple[Place, ...]:
+    """Where it is: its layers, or an end."""
     tap = hook.tap if isinstance(hook, Kept) else hook.kind.tap
     return ("embed" if tap == "embed" else "head",) if hook.layers is None else tuple(hook.layers)
 
@@ -71,7 +72,7 @@ class Hooks:
     """The captures and edits of one call.
 
     Attributes:
-      kept, width: what is captured, and how many experts a token may take.
+      kept, by_key, width: what is kept, the same by its key, and how many experts a token may take.
     """
 
     def __init__(
