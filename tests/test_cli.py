@@ -102,7 +102,7 @@ def test_ctrl_c(command, tmp_path):
         seen += process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, stderr
     assert b"Traceback" not in stderr
 
 

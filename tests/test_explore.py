@@ -208,8 +208,8 @@ def test_in_the_browser(lab_url):
     with lab.page() as page:
         lab.run_all(page, lab_url)
         page.wait_for_selector(".gs #b-gen")
-        said = "() => getComputedStyle(document.querySelector('.gs #attn'), '::after').content"
-        assert "Who reads whom" in page.evaluate(said), "before there is a run, a pane says what will be there"
+        said = "getComputedStyle(document.querySelector('.gs #attn'), '::after').content"
+        page.wait_for_function(f"() => {said}.includes('Who reads whom')")  # before a run: what will be there
         assert not page.locator(".gs #c-route").is_visible()
         generate(page)
         assert page.evaluate(said) == "none"
