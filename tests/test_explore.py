@@ -13,6 +13,16 @@ import grokscope as gs
 from grokscope.notebook.widgets import explore as module
 
 CELL = "import grokscope as gs\ngrok = gs.load()\napp = gs.explore(grok)\napp"
+UNHURRIED = """
+import time
+import grokscope as gs
+grok = gs.load()
+def stream(*args, on_token, **options):
+    return gs.Grok.stream(grok, *args, on_token=lambda event: (time.sleep(0.02), on_token(event)), **options)
+grok.stream = stream
+app = gs.explore(grok)
+app
+"""  # 900 tokens are made within a second, which is too soon for a page beside other work to stop them
 
 
 @pytest.fixture
@@ -193,7 +203,7 @@ def test_export(app, tmp_path):
 def lab_url(tmp_path_factory):
     lab.needs_chromium()
     root = tmp_path_factory.mktemp("lab")
-    lab.write_notebook(root / "explore.ipynb", CELL)
+    lab.write_notebook(root / "explore.ipynb", UNHURRIED)
     with lab.server(root) as url:
         yield url("explore.ipynb")
 
@@ -336,6 +346,7 @@ def test_a_session_in_the_browser(lab_url, tmp_path):
         page.wait_for_function("() => document.querySelectorAll('.gs #trun tr').length === 4")
         assert page.input_value(".gs #pbox") == "The cat sat on the mat. The cat"
         assert "Ban expert" in page.inner_text(".gs #elist")
+        page.wait_for_selector(".gs .tok >> nth=2")
         assert page.errors == []
 
         page.evaluate("async () => await window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
