@@ -42,6 +42,15 @@ def test_grok_1_on_eight_cards_and_from_a_disk():
     assert any(line.split()[:2] == ["1", "1x1"] and line.endswith("none") for line in text.splitlines())
 
 
+@pytest.mark.slow
+def test_what_was_compiled_before_says_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first, again = (fits(gs.load().config, ["1x1", "1x2"], context=300, batch=4) for _ in range(2))
+    assert first == again
+    assert list(tmp_path.rglob("*-cache"))
+
+
 def test_what_cannot_be_planned_says_why():
     with pytest.raises(ValueError, match=r"divides 32768"):
         fits(gs.GROK_1, ["1x3"], context=100, batch=1)

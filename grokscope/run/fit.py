@@ -25,6 +25,7 @@ from grokscope.model.params import GLOBAL_PARAMS, LAYER_PARAMS
 from grokscope.model.sharding import make_mesh, meshes, on, placed
 from grokscope.model.transformer import KVCache
 from grokscope.run import captures, steps
+from grokscope.run.compiled import keep_compiled
 from grokscope.run.decode import BLOCKS, block_lengths, cache_length, shapes
 from grokscope.run.hooks import PLAIN, Given
 from grokscope.run.plan import DISKS, priced
@@ -210,6 +211,7 @@ def _streamed(config: GrokConfig, numerics: str, form) -> list[str]:
 
 
 if __name__ == "__main__":
+    keep_compiled()
     values, asked, *rest = json.loads(sys.stdin.read())
     shape = GrokConfig(**values)
     print(json.dumps([temporaries(shape, mesh, *rest) for mesh in asked]))
