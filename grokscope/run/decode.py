@@ -1,11 +1,11 @@
-"""Runs jobs through slots: prefill each prompt alone, decode all slots together, refill a slot that is free.
+"""Runs jobs through slots: prefill each prompt, decode all slots together, refill a slot that is free.
 
 A pass is layer-major. The host reads the tokens of a step after it has dispatched that step's forward pass, so every
 token it sees has had one, the last and EOS too. Else it waits in the token loop only where a prompt that takes a free
-slot has large captures. Prefill runs in shapes of the prompt's own length; decode in shapes of the call: number of
-slots, and cache length, which holds the longest job. A job's numbers depend on these shapes, and not on what its
-neighbours are. Jobs are handed out as they are done, with their captures; what remains in memory is that of the jobs in
-the slots.
+slot has large captures. Prompts that nothing follows run together where they are short, as the call groups them; others
+alone, in shapes of their own length. Decode runs in shapes of the call: number of slots, and cache length, which holds
+the longest job. A job's numbers depend on these shapes, and not on what its neighbours are. Jobs are handed out as they
+are done, with their captures; what remains in memory is that of the jobs in the slots.
 """
 
 import contextlib
@@ -37,6 +37,8 @@ from grokscope.run.steps import COLUMNS, DecodeState
 BLOCKS = (1, 32, 128, 512)  # query lengths that are compiled
 BATCH_SIZE = 8  # slots, unless the caller says otherwise
 TOGETHER = 32768  # tokens of prompts that share a reading of streamed layers
+ROWS = 16  # prompts that run together at most
+NEAR = 64  # how many prompts of a call are searched for those
 
 
 @dataclasses.dataclass(eq=False)
@@ -54,7 +56,6 @@ class Job:
       captures: {key: numpy [L,] dims}, when it is done.
       slot, first_step: where and from which decode step on it ran.
       glimpse: (key, whether of the prompt) -> what is captured so far while it runs, see `Run.glimpse`.
-      scored, landing: log-probabilities of each block of its prompt, and its captures, on their way.
       chunks: captures that are here: of its prompt, then of its generated tokens.
       pools: its pools, one dictionary for each stage of a pass.
     """
@@ -70,8 +71,6 @@ class Job:
     slot: int = 0
     first_step: int = 0
     glimpse: Callable[[str, bool], np.ndarray] | None = None
-    scored: list[jax.Array] = dataclasses.field(default_factory=list)
-    landing: Landing | None = None
     chunks: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)
     pools: list[dict] = dataclasses.field(default_factory=list)
 
@@ -98,20 +97,39 @@ def cache_length(length: int) -> int:
 
 
 class _Pass:
-    """A prompt on its way through the layers: its blocks, padded, and what has become of them."""
+    """Prompts on their way through the layers together: a row each and idle ones behind, and what becomes of them.
 
-    def __init__(self, job: Job, hooked: Hooked):
-        lengths = block_lengths(len(job.prompt))
-        padded = np.zeros((1, sum(lengths)), np.int32)
-        padded[0, : len(job.prompt)] = job.prompt
-        live = np.arange(padded.size)[None] < len(job.prompt)
-        begins = np.cumsum([0, *lengths[:-1]], dtype=np.int32)
-        cuts = [slice(b, b + n) for b, n in zip(begins, lengths, strict=True)]
-        self.job, self.hooked = job, hooked
-        self.at = [(begins[i : i + 1], padded[:, cut], live[:, cut]) for i, cut in enumerate(cuts)]
+    Attributes:
+      at: (start, tokens, live) of each block, which are padded.
+      cache_length: positions of their caches.
+      landings: their captures.
+      xs, scored: the stream of each block, and the log-probabilities of its tokens.
+      caches: of each layer, where tokens follow.
+      lenses: of each block, to be read out at the end.
+      pools: one dictionary for each stage.
+    """
+
+    def __init__(self, jobs: list[Job], hooks: Hooks, dtype):
+        lengths = block_lengths(max(len(job.prompt) for job in jobs))
+        blocks = [(sum(lengths[:i]), length) for i, length in enumerate(lengths)]
+        self.jobs, prompts = jobs, [job.row for job in jobs]
+        self.rows: list[int | None] = [*prompts, *[None] * (num_rows(len(jobs)) - len(jobs))]
+        padded = np.zeros((len(self.rows), sum(lengths)), np.int32)
+        live = np.zeros(padded.shape, bool)
+        for row, job in enumerate(jobs):
+            padded[row, : len(job.prompt)], live[row, : len(job.prompt)] = job.prompt, True
+        self.at = [
+            (np.full(len(padded), begin, np.int32), padded[:, begin : begin + length], live[:, begin : begin + length])
+            for begin, length in blocks
+        ]
+        self.cache_length = cache_length(sum(lengths))
+        self.hooked = hooks.prefill(self.rows, self.cache_length)
+        self.landings = [Landing(hooks, prompt, self.hooked.cut, blocks, dtype) for prompt in prompts]
         self.xs: list[jax.Array] = []
+        self.scored: list[jax.Array] = []
         self.caches: list[KVCache] = []
-        self.lenses: list[list[tuple[CaptureKind, Place, jax.Array]]] = [[] for _ in cuts]  # read out at the end
+        self.lenses: list[list[tuple[CaptureKind, Place, jax.Array]]] = [[] for _ in blocks]
+        self.pools: list[dict] = []
 
 
 class Run:
@@ -132,11 +150,13 @@ class Run:
         self.method = sampling.method(config.vocab_size)
         lengths = [(len(job.prompt), job.limit) for job in jobs]
         self.num_slots, self.cache_length = shapes(lengths, batch_size, weights.mesh)
-        self.waiting = deque(jobs if todo is None else todo)
+        self.wanted = set(jobs if todo is None else todo)
+        together = [[jobs[prompt] for prompt in batch] for batch in batches(lengths)]
+        self.waiting = deque(batch for batch in together if not self.wanted.isdisjoint(batch))
         self.slots: list[Job | None] = [None] * self.num_slots
         self.ready: deque[Job] = deque()
         self.transfers = Transfers()
-        self.arriving: Job | None = None  # the last of its prompt's captures are on their way
+        self.arriving: _Pass | None = None  # the last of its captures are on their way
         self.segments: list[tuple[Job, int, int]] = []  # steps of jobs that left their slot since the last flush
         self.pending: tuple[dict, list] | None = None  # the last chunk, on its way, and the segments in it
         self.step = 0
@@ -220,40 +240,43 @@ class Run:
     def _refill(self, interrupted: threading.Event) -> None:
         """Prefills waiting prompts: those without tokens to make are done with that, others take a free slot."""
         seated = False
-        while together := self._next_prompts():
-            passes = self._prefill(together, interrupted)
-            for job, (caches, first) in zip(together, passes, strict=True):
+        while together := self._next_batches():
+            for one, first in self._prefill(together, interrupted):
                 self.waiting.popleft()
-                job.tokens = job.prompt.tolist()
+                for job in one.jobs:
+                    job.tokens = job.prompt.tolist()
                 self._land()
-                self.arriving = job
+                self.arriving = one
                 if first is None:
-                    job.finish = "length"
                     continue
-                self._seat(job, caches, first)
+                (job,) = one.jobs
+                self._seat(job, one, first)
                 seated = True
         if seated:
             rows = np.array([0 if j is None else j.row for j in self.slots])
             self.slot_sampling = replicated(jax.tree.map(lambda a, rows=rows: a[rows], self.sampling))
             self.hooked = self.hooks.decode([None if j is None else j.row for j in self.slots], self.cache_length)
 
-    def _next_prompts(self) -> list[Job]:
+    def _next_batches(self) -> list[list[Job]]:
         """Those that are prefilled next: one, or with streamed weights as many as may share a reading of the layers."""
-        lengths = ((len(job.prompt), job.limit) for job in self.waiting)
+        lengths = ((sum(len(job.prompt) for job in batch), batch[0].limit) for batch in self.waiting)
         count = prefilled_together(lengths, self.slots.count(None))
         return list(itertools.islice(self.waiting, count if self.streamed else min(count, 1)))
 
-    def _seat(self, job: Job, caches: list[KVCache], first: DecodeState) -> None:
-        job.slot, job.first_step = self.slots.index(None), self.step
+    def _seat(self, job: Job, one: _Pass, first: DecodeState) -> None:
+        job.slot, job.first_step, job.pools = self.slots.index(None), self.step, one.pools
         job.glimpse = functools.partial(self.glimpse, job)
-        self.caches = [steps.seated_cache(c, one, job.slot) for c, one in zip(self.caches, caches, strict=True)]
+        self.caches = [steps.seated_cache(c, own, job.slot) for c, own in zip(self.caches, one.caches, strict=True)]
+        one.caches = []
         self.state = steps.seated(self.state, first, job.slot)
         self._seat_pools(job)
         self.slots[job.slot] = job
 
-    def _prefill(self, jobs: list[Job], interrupted: threading.Event) -> list[tuple[list[KVCache], DecodeState | None]]:
-        """Layer by layer, block by block; then the first new token, and the log-probabilities of the prompt."""
-        passes = [_Pass(job, self.hooks.prefill(job.row, cache_length(len(job.prompt)))) for job in jobs]
+    def _prefill(
+        self, together: list[list[Job]], interrupted: threading.Event
+    ) -> list[tuple[_Pass, DecodeState | None]]:
+        """Layer by layer, block by block; then the first new token, and the log-probabilities of the prompts."""
+        passes = [_Pass(batch, self.hooks, self.dtype) for batch in together]
         for one in passes:
             self._embed(one)
         for layer in range(self.config.num_layers):
@@ -262,61 +285,63 @@ class Run:
             works = [self._work(one, layer) for one in passes]
             run_layer(self.config, self.weights, layer, works)
             for one, work in zip(passes, works, strict=True):
-                one.job.pools.append(work.pools)
+                one.pools.append(work.pools)
                 for block in range(len(one.at)):
                     self._send(one, block, layer, work.captures[block])
                 work.captures = []  # or they would be held while the next layer runs
-                if one.job.limit:
+                if one.jobs[0].limit:
                     one.caches.append(work.cache)
-        return [(one.caches, self._score(one)) for one in passes]
+        return [(one, self._score(one)) for one in passes]
 
-    def _embed(self, one: "_Pass") -> None:
+    def _embed(self, one: _Pass) -> None:
         stage, given = one.hooked.embed
-        pools = self.hooks.pools(stage, 1)
-        blocks = [(int(start[0]), live.size) for start, _, live in one.at]
-        one.job.landing = Landing(self.hooks, one.job.row, blocks, self.dtype)
+        pools = self.hooks.pools(stage, len(one.rows))
         for i, (start, tokens, live) in enumerate(one.at):
             x, captured = steps.embed(self.config, stage, self.weights.ends, tokens, start, live, pools, given)
             pools, captured = split(stage, captured)
             self._send(one, i, "embed", captured)
             one.xs.append(x)
-        one.job.pools = [pools]
+        one.pools = [pools]
 
-    def _work(self, one: "_Pass", layer: int) -> Work:
+    def _work(self, one: _Pass, layer: int) -> Work:
         stage, given = one.hooked.layers[layer]
-        cache = KVCache.zeros(self.config, 1, cache_length(len(one.job.prompt)), self.dtype)
-        return Work(stage, given, one.at, one.xs, cache, self.hooks.pools(stage, 1), [[] for _ in one.at])
+        rows = len(one.rows)
+        cache = KVCache.zeros(self.config, rows, one.cache_length, self.dtype)
+        return Work(stage, given, one.at, one.xs, cache, self.hooks.pools(stage, rows), [[] for _ in one.at])
 
-    def _score(self, one: "_Pass") -> DecodeState | None:
-        job, (stage, given), last = one.job, one.hooked.head, len(one.job.prompt) - 1
+    def _score(self, one: _Pass) -> DecodeState | None:
+        (stage, given), job = one.hooked.head, one.jobs[0]
+        last = len(job.prompt) - 1
         first = self._first(job, one.xs[-1], last - one.at[-1][0][0], one.hooked) if job.limit else None
-        following = np.full((1, sum(tokens.shape[1] for _, tokens, _ in one.at)), -1, np.int32)
-        following[0, :last] = job.prompt[1:]
-        pools = self.hooks.pools(stage, 1)
+        following = np.full((len(one.rows), sum(tokens.shape[1] for _, tokens, _ in one.at)), -1, np.int32)
+        for row, own in enumerate(one.jobs):
+            following[row, : len(own.prompt) - 1] = own.prompt[1:]
+        pools = self.hooks.pools(stage, len(one.rows))
         for i, (x, (start, tokens, live)) in enumerate(zip(one.xs, one.at, strict=True)):
             targets = following[:, start[0] : start[0] + tokens.shape[1]]
             at = (start, tokens, live, pools, given)
             logprobs, captured = steps.score(self.config, stage, self.weights.ends, x, np.maximum(targets, 0), *at)
             pools, captured = split(stage, captured)
             self._send(one, i, "head", captured)
-            job.scored.append(to_host(logprobs))
+            one.scored.append(to_host(logprobs))
             if first is not None and i == len(one.xs) - 1 and self.hooks.lenses:
                 targets = steps.noted(targets, first, last - start[0])
             for kind, place, value in one.lenses[i]:
                 after = targets
                 if kind.positions:
-                    positions = self.hooks.padded_positions(kind.key, job.row)
-                    after = targets[:, np.clip(positions - start[0], 0, targets.shape[1] - 1)]
-                self.transfers.send(job.landing, i, place, self._read(kind, value, after))
-        job.pools.append(pools)
+                    inside = self.hooks.padded_positions(kind.key, one.rows) - start[0]
+                    after = targets[np.arange(len(inside))[:, None], np.clip(inside, 0, targets.shape[1] - 1)]
+                self.transfers.send(one.landings, i, place, self._read(kind, value, after))
+        one.pools.append(pools)
+        one.xs, one.lenses = [], []  # it waits for its captures, without what only the layers needed
         return first
 
-    def _send(self, one: "_Pass", block: int, place: Place, captured: list[Captured]) -> None:
+    def _send(self, one: _Pass, block: int, place: Place, captured: list[Captured]) -> None:
         """What is kept of a block's captures to the host; lenses wait until it is known what follows."""
         kept = [found for found in captured if place in places_of(self.hooks.by_key[found[0].key])]
         one.lenses[block] += [(kind, place, value) for kind, _, value in kept if kind.reduce == "lens"]
         whole = {key: value for kind, key, value in kept if kind.reduce != "lens"}
-        self.transfers.send(one.job.landing, block, place, whole)
+        self.transfers.send(one.landings, block, place, whole)
 
     def _read(self, kind: CaptureKind, value: jax.Array, following) -> dict[str, jax.Array]:
         """A lens read out."""
@@ -428,15 +453,23 @@ class Run:
     # Captures on the host
 
     def _land(self) -> None:
-        """The captures of the last prompt are here."""
-        job, self.arriving = self.arriving, None
-        if job is None:
+        """The captures of the last prompts are here."""
+        one, self.arriving = self.arriving, None
+        if one is None:
             return
-        scored = np.concatenate([np.asarray(logprobs)[0] for logprobs in job.scored])
-        job.logprobs = [np.nan, *scored[: len(job.prompt) - 1].tolist(), *job.logprobs]
-        job.scored, job.chunks = [], [self.transfers.finish(job.landing)]
-        if job.finish and not job.limit:
-            self._done(job)
+        scored = np.concatenate(on_host(one.scored), axis=1)
+        pools = [] if one.jobs[0].limit else on_host(one.pools)
+        for row, job in enumerate(one.jobs):
+            job.logprobs = [np.nan, *scored[row, : len(job.prompt) - 1].tolist(), *job.logprobs]
+            job.chunks = [self.transfers.finish(one.landings[row])]
+            if not job.limit and job in self.wanted:
+                job.finish, job.pools = "length", [self._pools_of(job, row, of_stage) for of_stage in pools]
+                self._done(job)
+
+    def _pools_of(self, job: Job, row: int, pools: dict) -> dict:
+        """Its row of those that are about any of its positions."""
+        own = {key: p for key, p in pools.items() if len(self.hooks.prompt_positions(self.hooks.by_key[key], job.row))}
+        return jax.tree.map(lambda a: a[row : row + 1], own)
 
     def glimpse(self, job: Job, key: str, of_prompt: bool) -> np.ndarray:
         """A capture of a running job before it is done: of its prompt [L, T, ...], or of its last token [L, ...].
@@ -447,7 +480,7 @@ class Run:
         if not any(key in kept.outputs() and self.hooks.takes(kept, job.row) for kept in self.hooks.kept):
             raise KeyError(f"{key!r} is not captured of prompt {job.row}")
         if of_prompt:
-            if self.arriving is job:
+            if self._arrives(job):
                 self._land()
             return np.array(job.chunks[0][key])
         column = (self.step - 1) % COLUMNS
@@ -455,6 +488,9 @@ class Run:
         if not held:
             raise KeyError(f"{key!r} is not captured at generated tokens")
         return np.asarray(steps.glimpsed(held, job.slot, column))
+
+    def _arrives(self, job: Job) -> bool:
+        return self.arriving is not None and job in self.arriving.jobs
 
     def _land_chunk(self) -> None:
         """The last chunk is here: each job gets its steps of it, and those that have all are done."""
@@ -486,7 +522,7 @@ class Run:
 
     def _done(self, job: Job) -> None:
         """Joins what a finished job has, and hands it out."""
-        if self.arriving is job:
+        if self._arrives(job):
             self._land()
         n, total = len(job.prompt), len(job.tokens)
         for kept in self.hooks.kept:
@@ -502,7 +538,7 @@ class Run:
             rank = job.captures.get(f"{kept.key}_rank") if kept.reduce == "lens" else None
             if rank is not None and kept.where.mask(n, total)[-1]:
                 rank[..., -1] = -1  # nothing came after the last token
-        job.landing, job.chunks, job.pools, job.glimpse = None, [], [], None
+        job.chunks, job.pools, job.glimpse = [], [], None
         self.ready.append(job)
 
 
@@ -521,13 +557,37 @@ def shapes(lengths: list[tuple[int, int]], batch_size: int, mesh: Mesh | Abstrac
 def tokens_of_passes(lengths: list[tuple[int, int]], batch_size: int, mesh: Mesh | AbstractMesh | None) -> list[int]:
     """Tokens of each pass that reads streamed layers, where prompts of these lengths make all their limits allow."""
     slots, _ = shapes(lengths, batch_size, mesh)
-    groups = reading_groups(lengths, slots)
+    groups = [list(itertools.chain(*group)) for group in reading_groups(lengths, slots)]
     steps = sum(max(lengths[p][1] for p in group) for group in groups)
     return [sum(lengths[p][0] for p in group) for group in groups] + [slots] * steps
 
 
+def batches(lengths: list[tuple[int, int]]) -> list[list[int]]:
+    """Numbers of the prompts, of these lengths and limits, that run through the layers together.
+
+    That is each alone, unless nothing follows it and it is short: such of one block's length share up to 512 positions.
+    """
+    found: list[list[int]] = []
+    for begin in range(0, len(lengths), NEAR):
+        open_: dict[int, list[int]] = {}  # of each block length, the batch that has room
+        for prompt in range(begin, min(begin + NEAR, len(lengths))):
+            length, limit = lengths[prompt]
+            block = block_lengths(length)[0]
+            batch = open_.get(block)
+            if limit or batch is None or len(batch) == min(ROWS, BLOCKS[-1] // block):
+                batch = open_[block] = []
+                found.append(batch)
+            batch.append(prompt)
+    return found
+
+
+def num_rows(prompts: int) -> int:
+    """Rows of a batch of so many."""
+    return 1 << (prompts - 1).bit_length()
+
+
 def prefilled_together(lengths: Iterable[tuple[int, int]], free: int) -> int:
-    """How many prompts of these lengths and limits, from the first on, may share a reading of streamed layers where as
+    """How many batches of these lengths and limits, from the first on, may share a reading of streamed layers where as
     many slots are free."""
     count = tokens = 0
     for length, limit in lengths:
@@ -538,12 +598,13 @@ def prefilled_together(lengths: Iterable[tuple[int, int]], free: int) -> int:
     return count
 
 
-def reading_groups(lengths: list[tuple[int, int]], slots: int) -> list[range]:
-    """Numbers of the prompts that share each reading, if all of a group end together."""
-    groups, begin = [], 0
-    while begin < len(lengths):
-        count = prefilled_together((lengths[p] for p in range(begin, len(lengths))), slots)
-        groups.append(range(begin, begin + count))
+def reading_groups(lengths: list[tuple[int, int]], slots: int) -> list[list[list[int]]]:
+    """The batches that share each reading, if all of a group end together."""
+    waiting, groups, begin = batches(lengths), [], 0
+    while begin < len(waiting):
+        sizes = ((sum(lengths[p][0] for p in b), lengths[b[0]][1]) for b in itertools.islice(waiting, begin, None))
+        count = prefilled_together(sizes, slots)
+        groups.append(waiting[begin : begin + count])
         begin += count
     return groups
 

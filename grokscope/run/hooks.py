@@ -100,8 +100,8 @@ class At(NamedTuple):
 class Given(NamedTuple):
     """What a stage takes besides: one dictionary for each of its captures and of its edits.
 
-    captures: "numbers" int32 [n] of the cut axis; "positions" int32 [P] kept of a prompt; of pooled ones "table" bool
-      [B, length] of the positions that count, and "labels" int32 [V].
+    captures: "numbers" int32 [n] of the cut axis; "positions" int32 [B, P] kept of prompts; of pooled ones "table"
+      bool [B, length] of the positions that count, and "labels" int32 [V].
     edits: "table" int32 [B, length]: which of N values applies at a position, -1 for none; "mask" bool [B, axis];
       "value" [B, N, ...]; "layer" int32.
     """
@@ -200,8 +200,10 @@ class _Observer:
         if kind.reduce == "count":
             return POOLS["count"](kind, given, self.pools[kind.key], value, self._counted(given))
         if kind.positions:
-            inside = jnp.clip(given["positions"] - self.at.positions[0, 0], 0, value.shape[1 + dims.index("T")] - 1)
-            value = jnp.take(value, inside, axis=1 + dims.index("T"))
+            axis = 1 + dims.index("T")
+            inside = jnp.clip(given["positions"] - self.at.positions[:, :1], 0, value.shape[axis] - 1)
+            shape = [len(inside)] + [inside.shape[1] if d == axis else 1 for d in range(1, value.ndim)]
+            value = jnp.take_along_axis(value, inside.reshape(shape), axis)
         if kind.axis:
             value = jnp.take(value, given["numbers"], axis=1 + dims.index(kind.axis))
         if kind.pooled:

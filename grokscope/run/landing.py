@@ -23,21 +23,23 @@ class Landing:
       awaited: how many transfers have not come.
     """
 
-    def __init__(self, hooks: Hooks, prompt: int, blocks: list[tuple[int, int]], dtype):
-        """`blocks`: first position and length of each block of the prompt; `dtype`: of the run."""
+    def __init__(self, hooks: Hooks, prompt: int, cut: frozenset[str], blocks: list[tuple[int, int]], dtype):
+        """`cut`: captures of which only the positions that are kept will come; `blocks`: first position and length of
+        each; `dtype`: of the run.
+        """
         self.captures: dict[str, np.ndarray] = {}
         self.awaited = 0
         self._layers: dict[str, tuple[int, ...] | None] = {}
         self._dims: dict[str, str] = {}
         self._within: dict[str, list[tuple]] = {}  # of each block: which of its positions are kept, and where they go
         for kept in hooks.kept:
-            positions, cut = hooks.prompt_positions(kept, prompt), hooks.cut(kept, prompt)
+            positions = hooks.prompt_positions(kept, prompt)
             if kept.pooled or not len(positions):
                 continue
             within = []
             for begin, length in blocks:
                 here = np.flatnonzero((positions >= begin) & (positions < begin + length))
-                within.append((_span(here if cut else positions[here] - begin), _span(here)))
+                within.append((_span(here if kept.key in cut else positions[here] - begin), _span(here)))
             sizes = hooks.dims(kept) | {"T": len(positions), "S": hooks.sequences[prompt].prompt_length}
             for key, (dims, own) in kept.outputs().items():
                 shape = tuple(sizes[d] for d in dims)
@@ -45,30 +47,33 @@ class Landing:
                 self.captures[key] = np.empty(shape, own or dtype)
                 self._layers[key], self._dims[key], self._within[key] = kept.layers, dims, within
 
-    def take(self, block: int, place: Place, captures: dict[str, jax.Array]) -> None:
-        """What a block captured at a place, {key: [1, ...]}: waited for, copied once, and let go."""
-        while captures:
-            key, value = captures.popitem()
-            layers, dims = self._layers[key], self._dims[key]
-            into = self.captures[key] if layers is None else self.captures[key][layers.index(place)]
-            before, (here, there) = [slice(None)] * dims.index("T"), self._within[key][block]
-            into[*before, there] = up_to(np.asarray(value)[0], dims, into.shape[-1])[*before, here]
+    def take(self, block: int, place: Place, key: str, value: np.ndarray) -> None:
+        """What a block captured at a place, copied once; nothing of what is not kept of this prompt."""
+        if key not in self.captures:
+            return
+        layers, dims = self._layers[key], self._dims[key]
+        into = self.captures[key] if layers is None else self.captures[key][layers.index(place)]
+        before, (here, there) = [slice(None)] * dims.index("T"), self._within[key][block]
+        into[*before, there] = up_to(value, dims, into.shape[-1])[*before, here]
 
 
 class Transfers:
     """Captures on their way, oldest first."""
 
     def __init__(self):
-        self._waiting: deque[tuple[Landing, int, Place, dict[str, jax.Array]]] = deque()
+        self._waiting: deque[tuple[list[Landing], int, Place, dict[str, jax.Array]]] = deque()
         self._nbytes = 0
 
-    def send(self, landing: Landing, block: int, place: Place, captures: dict[str, jax.Array]) -> None:
-        """Begins one; waits for earlier ones while too much is on its way."""
+    def send(self, landings: list[Landing], block: int, place: Place, captures: dict[str, jax.Array]) -> None:
+        """Begins one, {key: [B, ...]} with a row for each landing and perhaps idle ones behind; waits for earlier ones
+        while too much is on its way.
+        """
         if not captures:
             return
-        self._waiting.append((landing, block, place, to_host(steps.gathered(captures))))
+        self._waiting.append((landings, block, place, to_host(steps.gathered(captures))))
         self._nbytes += _nbytes(captures)
-        landing.awaited += 1
+        for landing in landings:
+            landing.awaited += 1
         while len(self._waiting) > 1 and self._nbytes > ON_THEIR_WAY:
             self._take()
 
@@ -79,10 +84,14 @@ class Transfers:
         return landing.captures
 
     def _take(self) -> None:
-        landing, block, place, captures = self._waiting.popleft()
+        landings, block, place, captures = self._waiting.popleft()
         self._nbytes -= _nbytes(captures)
-        landing.awaited -= 1
-        landing.take(block, place, captures)
+        while captures:  # each waited for, and let go
+            key, value = captures.popitem()
+            for landing, row in zip(landings, np.asarray(value), strict=False):
+                landing.take(block, place, key, row)
+        for landing in landings:
+            landing.awaited -= 1
 
 
 def to_host(tree):

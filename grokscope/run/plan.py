@@ -18,7 +18,7 @@ from grokscope import look
 from grokscope.model.sharding import parts
 from grokscope.run import landing
 from grokscope.run.captures import REDUCTIONS, Kept
-from grokscope.run.decode import block_lengths, cache_length, reading_groups, shapes
+from grokscope.run.decode import batches, block_lengths, cache_length, num_rows, reading_groups, shapes
 from grokscope.run.staging import Hooks, places_of
 from grokscope.run.steps import COLUMNS
 
@@ -75,9 +75,9 @@ def priced(hooks: Hooks, batch_size: int, dtype, mesh: Mesh | AbstractMesh | Non
     """The price of the captures of a call; `streamed`: with streamed weights."""
     lengths = [tuple(s) for s in hooks.sequences]
     slots, length = shapes(lengths, batch_size, mesh)
-    groups = reading_groups(lengths, slots) if streamed else [range(p, p + 1) for p in range(len(lengths))]
-    longest = max(groups, key=lambda group: sum(lengths[p][0] for p in group))
-    of_prompt = {kept.key: sum(_prompt(hooks, kept, p, dtype, mesh) for p in longest) for kept in hooks.kept}
+    groups = reading_groups(lengths, slots) if streamed else [[batch] for batch in batches(lengths)]
+    longest = max(groups, key=lambda group: sum(lengths[p][0] for batch in group for p in batch))
+    of_prompt = {kept.key: sum(_batch(hooks, kept, b, dtype, mesh) for b in longest) for kept in hooks.kept}
     share = _share_there(hooks, of_prompt)
     rows = {}
     for kept in hooks.kept:
@@ -102,20 +102,24 @@ def _decode(hooks: Hooks, kept: Kept, slots: int, length: int, dtype, mesh: Mesh
     )
 
 
-def _prompt(hooks: Hooks, kept: Kept, prompt: int, dtype, mesh: Mesh | AbstractMesh | None) -> int:
-    n, positions = hooks.sequences[prompt].prompt_length, hooks.prompt_positions(kept, prompt)
-    if not len(positions):
+def _batch(hooks: Hooks, kept: Kept, prompts: list[int], dtype, mesh: Mesh | AbstractMesh | None) -> int:
+    if not any(len(hooks.prompt_positions(kept, prompt)) for prompt in prompts):
         return 0
+    rows, n = num_rows(len(prompts)), max(hooks.sequences[prompt].prompt_length for prompt in prompts)
     if kept.pooled:
-        return _nbytes(jax.eval_shape(lambda: hooks.pool(kept, 1)))
-    padded = len(hooks.padded_positions(kept.key, prompt))
-    cut = hooks.cut(kept, prompt)
+        return _nbytes(jax.eval_shape(lambda: hooks.pool(kept, rows)))
+    padded = hooks.padded_positions(kept.key, prompts).shape[1]
+    cut = hooks.cut(kept, prompts)
     lengths = [padded if cut else block for block in block_lengths(n)]
-    sizes = hooks.dims(kept) | {"T": sum(lengths), "S": cache_length(n)}
-    size = _size(kept.outputs(), sizes, dtype, mesh)
+    sizes = hooks.dims(kept) | {"B": rows, "T": sum(lengths), "S": cache_length(n)}
+    size = _size(_with_rows(kept.outputs()), sizes, dtype, mesh)
     if kept.reduce == "lens":  # and the streams, until it is known what follows
-        size += _size(hooks.in_step(kept), sizes, dtype, mesh)
+        size += _size(_with_rows(hooks.in_step(kept)), sizes, dtype, mesh)
     return size
+
+
+def _with_rows(outputs: dict[str, tuple]) -> dict[str, tuple]:
+    return {key: ("B" + dims, own) for key, (dims, own) in outputs.items()}
 
 
 def _leaves(kept: Kept) -> bool:

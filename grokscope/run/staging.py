@@ -44,12 +44,17 @@ BARE = Staged(PLAIN, Given())
 
 
 class Hooked(NamedTuple):
-    """The stages of a pass. `draw`: the edits of the head alone, for drawing the token after a prompt."""
+    """The stages of a pass.
+
+    draw: the edits of the head alone, for drawing the token after a prompt.
+    cut: captures of which a step gives only the positions that are kept.
+    """
 
     embed: Staged
     layers: list[Staged]
     head: Staged
     draw: Staged
+    cut: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -157,26 +162,28 @@ class Hooks:
 
     # For rows
 
-    def prefill(self, prompt: int, length: int) -> Hooked:
-        """The stages of one prompt; `length`: positions of its cache."""
+    def prefill(self, rows: list[int | None], length: int) -> Hooked:
+        """The stages of prompts that run together, or of nothing in a row; `length`: positions of their cache."""
+        prompts = [prompt for prompt in rows if prompt is not None]
         memo: dict = {}
+        wanted: dict[str, tuple[CaptureKind, dict]] = {}
+        for kept in self.kept:
+            if any(len(self.prompt_positions(kept, prompt)) for prompt in prompts):
+                kind = self._kind(kept, self.cut(kept, prompts))
+                padded = self.padded_positions(kept.key, rows) if kind.positions else None
+                wanted[kept.key] = kind, self._given_capture(kept, rows, length, padded, memo)
         staged: dict[Place, Staged] = {}
         for place in self.places:
-            kinds, given = [], []
-            for kept in self._captured[place]:
-                positions = self.prompt_positions(kept, prompt)
-                if not len(positions):
-                    continue
-                cut = self.cut(kept, prompt)
-                kinds.append(self._kind(kept, cut))
-                padded = self.padded_positions(kept.key, prompt) if cut else None
-                given.append(self._given_capture(kept, [prompt], length, padded, memo))
-            edits = [e for e in self._edits[place] if self._edits_prompt(e, prompt)]
-            edit_given = tuple(self._given_edit(e, place, [prompt], length, memo) for e in edits)
-            staged[place] = Staged(self._stage(kinds, edits), Given(tuple(given), edit_given))
+            captures = [wanted[kept.key] for kept in self._captured[place] if kept.key in wanted]
+            kinds, given = [kind for kind, _ in captures], tuple(of_kind for _, of_kind in captures)
+            edits = [e for e in self._edits[place] if any(self._edits_prompt(e, prompt) for prompt in prompts)]
+            edit_given = tuple(self._given_edit(e, place, rows, length, memo) for e in edits)
+            staged[place] = Staged(self._stage(kinds, edits), Given(given, edit_given))
             if place == "head":
                 draw = Staged(self._stage([], edits), Given((), edit_given))
-        return Hooked(staged["embed"], [staged[i] for i in range(self.config.num_layers)], staged["head"], draw)
+        layers = [staged[i] for i in range(self.config.num_layers)]
+        cut = frozenset(key for key, (kind, _) in wanted.items() if kind.positions)
+        return Hooked(staged["embed"], layers, staged["head"], draw, cut)
 
     def prompt_positions(self, kept: Kept, prompt: int) -> np.ndarray:
         """Positions of the prompt that are kept."""
@@ -185,15 +192,19 @@ class Hooks:
         length = self.sequences[prompt].prompt_length
         return np.flatnonzero(kept.where.mask(length, length)).astype(np.int32)
 
-    def cut(self, kept: Kept, prompt: int) -> bool:
-        """Whether a step gives only the positions of the prompt that are kept, and not all."""
-        wanted = len(self.prompt_positions(kept, prompt))
-        return not kept.pooled and _bucket(wanted) < self.sequences[prompt].prompt_length
+    def cut(self, kept: Kept, prompts: list[int]) -> bool:
+        """Whether a step gives only the positions that are kept of prompts that run together, and not all."""
+        wanted = max(len(self.prompt_positions(kept, prompt)) for prompt in prompts)
+        return not kept.pooled and _bucket(wanted) < max(self.sequences[prompt].prompt_length for prompt in prompts)
 
-    def padded_positions(self, key: str, prompt: int) -> np.ndarray:
-        """Positions of the prompt that are kept, as many as are compiled for, -1 behind."""
-        positions = self.prompt_positions(self.by_key[key], prompt)
-        return np.pad(positions, (0, _bucket(len(positions)) - len(positions)), constant_values=-1)
+    def padded_positions(self, key: str, rows: list[int | None]) -> np.ndarray:
+        """Positions [B, P] of the prompts that are kept, as many as are compiled for, -1 behind."""
+        empty = np.zeros(0, np.int32)
+        positions = [empty if prompt is None else self.prompt_positions(self.by_key[key], prompt) for prompt in rows]
+        padded = np.full((len(rows), _bucket(max(map(len, positions)))), -1, np.int32)
+        for row, own in zip(padded, positions, strict=True):
+            row[: len(own)] = own
+        return padded
 
     @property
     def lenses(self) -> bool:
