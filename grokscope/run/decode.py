@@ -2,10 +2,10 @@
 
 A pass is layer-major. The host reads the tokens of a step after it has dispatched that step's forward pass, so every
 token it sees has had one, the last and EOS too. Else it waits in the token loop only where a prompt that takes a free
-slot has large captures. Prompts that nothing follows run together where they are short, as the call groups them; others
-alone, in shapes of their own length. Decode runs in shapes of the call: number of slots, and cache length, which holds
-the longest job. A job's numbers depend on these shapes, and not on what its neighbours are. Jobs are handed out as they
-are done, with their captures; what remains in memory is that of the jobs in the slots.
+slot has large captures. Short prompts are prefilled together, in batches that the lengths in the call determine, and
+each waits for a slot; longer ones alone. Decode runs in shapes of the call: number of slots, and cache length, which
+holds the longest job. A job's numbers depend on these shapes, and not on what its neighbours are. Jobs are handed out
+as they are done, with their captures; in memory remain those of the jobs in the slots, and of a batch that waits.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -31,7 +32,7 @@ from grokscope.run.hooks import CaptureKind, Stage
 from grokscope.run.landing import Landing, Transfers, to_host, up_to
 from grokscope.run.layers import Captured, Work, run_layer, split
 from grokscope.run.sampling import Sampling
-from grokscope.run.staging import Hooked, Hooks, Place, places_of
+from grokscope.run.staging import Hooks, Place, places_of
 from grokscope.run.steps import COLUMNS, DecodeState
 
 BLOCKS = (1, 32, 128, 512)  # query lengths that are compiled
@@ -104,7 +105,7 @@ class _Pass:
       cache_length: positions of their caches.
       landings: their captures.
       xs, scored: the stream of each block, and the log-probabilities of its tokens.
-      caches: of each layer, where tokens follow.
+      caches: of each layer, where tokens follow: until it is known which.
       lenses: of each block, to be read out at the end.
       pools: one dictionary for each stage.
     """
@@ -132,6 +133,15 @@ class _Pass:
         self.pools: list[dict] = []
 
 
+class _Prefilled(NamedTuple):
+    """A job that needs only a slot: the caches and first tokens of its batch, and which row is its own."""
+
+    job: Job
+    caches: list[KVCache]
+    first: DecodeState
+    row: int
+
+
 class Run:
     """One call of trace or generate.
 
@@ -151,9 +161,10 @@ class Run:
         lengths = [(len(job.prompt), job.limit) for job in jobs]
         self.num_slots, self.cache_length = shapes(lengths, batch_size, weights.mesh)
         self.wanted = set(jobs if todo is None else todo)
-        together = [[jobs[prompt] for prompt in batch] for batch in batches(lengths)]
+        together = [[jobs[prompt] for prompt in batch] for batch in batches(lengths, self.num_slots)]
         self.waiting = deque(batch for batch in together if not self.wanted.isdisjoint(batch))
         self.slots: list[Job | None] = [None] * self.num_slots
+        self.prefilled: deque[_Prefilled] = deque()
         self.ready: deque[Job] = deque()
         self.transfers = Transfers()
         self.arriving: _Pass | None = None  # the last of its captures are on their way
@@ -190,8 +201,9 @@ class Run:
 
     def _cut_short(self) -> None:
         running = [job for job in self.slots if job]
-        self.cut_short |= bool(running or self.waiting)
+        self.cut_short |= bool(running or self.prefilled or self.waiting)
         self.waiting.clear()
+        self.prefilled.clear()
         for job in running:
             self._leave(job, "interrupt")
 
@@ -239,7 +251,7 @@ class Run:
 
     def _refill(self, interrupted: threading.Event) -> None:
         """Prefills waiting prompts: those without tokens to make are done with that, others take a free slot."""
-        seated = False
+        seated = self._seat_all()
         while together := self._next_batches():
             for one, first in self._prefill(together, interrupted):
                 self.waiting.popleft()
@@ -247,30 +259,42 @@ class Run:
                     job.tokens = job.prompt.tolist()
                 self._land()
                 self.arriving = one
-                if first is None:
-                    continue
-                (job,) = one.jobs
-                self._seat(job, one, first)
-                seated = True
+                if first is not None:
+                    for row, job in enumerate(one.jobs):
+                        if job in self.wanted:
+                            pools = steps.taken(one.pools, row) if any(one.pools) else one.pools
+                            job.pools = self._about(job, pools)
+                            self.prefilled.append(_Prefilled(job, one.caches, first, row))
+                    one.caches = []
+            seated |= self._seat_all()
         if seated:
             rows = np.array([0 if j is None else j.row for j in self.slots])
             self.slot_sampling = replicated(jax.tree.map(lambda a, rows=rows: a[rows], self.sampling))
             self.hooked = self.hooks.decode([None if j is None else j.row for j in self.slots], self.cache_length)
 
     def _next_batches(self) -> list[list[Job]]:
-        """Those that are prefilled next: one, or with streamed weights as many as may share a reading of the layers."""
-        lengths = ((sum(len(job.prompt) for job in batch), batch[0].limit) for batch in self.waiting)
-        count = prefilled_together(lengths, self.slots.count(None))
+        """Those that are prefilled next: one, or with streamed weights as many as may share a reading of the layers;
+        none while others wait for a slot."""
+        if self.prefilled:
+            return []
+        sizes = ([(len(job.prompt), job.limit) for job in batch] for batch in self.waiting)
+        count = prefilled_together(sizes, self.slots.count(None))
         return list(itertools.islice(self.waiting, count if self.streamed else min(count, 1)))
 
-    def _seat(self, job: Job, one: _Pass, first: DecodeState) -> None:
-        job.slot, job.first_step, job.pools = self.slots.index(None), self.step, one.pools
-        job.glimpse = functools.partial(self.glimpse, job)
-        self.caches = [steps.seated_cache(c, own, job.slot) for c, own in zip(self.caches, one.caches, strict=True)]
-        one.caches = []
-        self.state = steps.seated(self.state, first, job.slot)
-        self._seat_pools(job)
-        self.slots[job.slot] = job
+    def _seat_all(self) -> bool:
+        """Gives prompts that wait for nothing else the slots that are free; whether any."""
+        seated = False
+        while self.prefilled and None in self.slots:
+            job, caches, first, row = self.prefilled.popleft()
+            slot, rows = self.slots.index(None), len(first.tokens)
+            job.slot, job.first_step, job.glimpse = slot, self.step, functools.partial(self.glimpse, job)
+            self.caches = [
+                steps.seated_cache(c, own, slot, row, rows) for c, own in zip(self.caches, caches, strict=True)
+            ]
+            self.state = steps.seated(self.state, first, slot, row)
+            self._seat_pools(job)
+            self.slots[slot], seated = job, True
+        return seated
 
     def _prefill(
         self, together: list[list[Job]], interrupted: threading.Event
@@ -310,9 +334,8 @@ class Run:
         return Work(stage, given, one.at, one.xs, cache, self.hooks.pools(stage, rows), [[] for _ in one.at])
 
     def _score(self, one: _Pass) -> DecodeState | None:
-        (stage, given), job = one.hooked.head, one.jobs[0]
-        last = len(job.prompt) - 1
-        first = self._first(job, one.xs[-1], last - one.at[-1][0][0], one.hooked) if job.limit else None
+        stage, given = one.hooked.head
+        first, last = self._first(one) if one.jobs[0].limit else (None, None)
         following = np.full((len(one.rows), sum(tokens.shape[1] for _, tokens, _ in one.at)), -1, np.int32)
         for row, own in enumerate(one.jobs):
             following[row, : len(own.prompt) - 1] = own.prompt[1:]
@@ -325,7 +348,7 @@ class Run:
             self._send(one, i, "head", captured)
             one.scored.append(to_host(logprobs))
             if first is not None and i == len(one.xs) - 1 and self.hooks.lenses:
-                targets = steps.noted(targets, first, last - start[0])
+                targets = steps.noted(targets, first, last)
             for kind, place, value in one.lenses[i]:
                 after = targets
                 if kind.positions:
@@ -349,14 +372,17 @@ class Run:
             zip(kind.outputs, steps.lens(self.config, kind.k, self.weights.ends, value, following), strict=True)
         )
 
-    def _first(self, job: Job, x: jax.Array, last: int, hooked: Hooked) -> DecodeState:
-        """The first generated token, drawn from the last position of the prompt."""
-        sampling = jax.tree.map(lambda a: a[[job.row]], self.sampling)
-        position = np.array([len(job.prompt) - 1], np.int32)
-        state = dataclasses.replace(DecodeState.idle(1), positions=position, live=np.ones(1, bool))
-        x = jax.lax.dynamic_slice_in_dim(x, last, 1, axis=1)
-        stage, given = hooked.draw
-        return steps.readout(self.config, stage, self.method, self.weights.ends, x, state, sampling, {}, given, 0)[0]
+    def _first(self, one: _Pass) -> tuple[DecodeState, np.ndarray]:
+        """The first generated tokens, drawn from the last position of each prompt, and where that is in its block."""
+        rows, idle = len(one.rows), len(one.rows) - len(one.jobs)
+        sampling = jax.tree.map(lambda a: a[[row or 0 for row in one.rows]], self.sampling)
+        positions = np.array([*(len(job.prompt) - 1 for job in one.jobs), *[0] * idle], np.int32)
+        live = np.arange(rows) < len(one.jobs)
+        state = dataclasses.replace(DecodeState.idle(rows), positions=positions, live=live)
+        last = np.maximum(positions - one.at[-1][0], 0)
+        (stage, given), x = one.hooked.draw, steps.at_positions(one.xs[-1], last)
+        args = (self.method, self.weights.ends, x, state, sampling, {}, given, 0)
+        return steps.readout(self.config, stage, *args)[0], last
 
     # Decode
 
@@ -387,7 +413,7 @@ class Run:
         if not any(pools):
             return
         rows = [
-            {key: own.get(key, jax.tree.map(lambda a: jax.numpy.zeros_like(a[:1]), pool)) for key, pool in of.items()}
+            {key: own.get(key, jax.tree.map(lambda a: jax.numpy.zeros_like(a[0]), pool)) for key, pool in of.items()}
             for of, own in zip(pools, job.pools, strict=True)
         ]
         pools = steps.seated_pools(pools, rows, job.slot)
@@ -463,13 +489,13 @@ class Run:
             job.logprobs = [np.nan, *scored[row, : len(job.prompt) - 1].tolist(), *job.logprobs]
             job.chunks = [self.transfers.finish(one.landings[row])]
             if not job.limit and job in self.wanted:
-                job.finish, job.pools = "length", [self._pools_of(job, row, of_stage) for of_stage in pools]
+                job.finish, job.pools = "length", self._about(job, jax.tree.map(lambda a, row=row: a[row], pools))
                 self._done(job)
 
-    def _pools_of(self, job: Job, row: int, pools: dict) -> dict:
-        """Its row of those that are about any of its positions."""
-        own = {key: p for key, p in pools.items() if len(self.hooks.prompt_positions(self.hooks.by_key[key], job.row))}
-        return jax.tree.map(lambda a: a[row : row + 1], own)
+    def _about(self, job: Job, pools: list[dict]) -> list[dict]:
+        """Those that are about any position of its prompt; its neighbours may have more."""
+        own = {k.key for k in self.hooks.kept if len(self.hooks.prompt_positions(k, job.row))}
+        return [{key: pool for key, pool in of_stage.items() if key in own} for of_stage in pools]
 
     def glimpse(self, job: Job, key: str, of_prompt: bool) -> np.ndarray:
         """A capture of a running job before it is done: of its prompt [L, T, ...], or of its last token [L, ...].
@@ -557,27 +583,28 @@ def shapes(lengths: list[tuple[int, int]], batch_size: int, mesh: Mesh | Abstrac
 def tokens_of_passes(lengths: list[tuple[int, int]], batch_size: int, mesh: Mesh | AbstractMesh | None) -> list[int]:
     """Tokens of each pass that reads streamed layers, where prompts of these lengths make all their limits allow."""
     slots, _ = shapes(lengths, batch_size, mesh)
-    groups = [list(itertools.chain(*group)) for group in reading_groups(lengths, slots)]
+    groups = [list(itertools.chain(*group)) for group in reading_groups(batches(lengths, slots), lengths, slots)]
     steps = sum(max(lengths[p][1] for p in group) for group in groups)
     return [sum(lengths[p][0] for p in group) for group in groups] + [slots] * steps
 
 
-def batches(lengths: list[tuple[int, int]]) -> list[list[int]]:
+def batches(lengths: list[tuple[int, int]], slots: int) -> list[list[int]]:
     """Numbers of the prompts, of these lengths and limits, that run through the layers together.
 
-    That is each alone, unless nothing follows it and it is short: such of one block's length share up to 512 positions.
+    That is each alone, unless it is short: such of one block's length share up to 512 positions, but are not more than
+    the slots they go to.
     """
     found: list[list[int]] = []
     for begin in range(0, len(lengths), NEAR):
-        open_: dict[int, list[int]] = {}  # of each block length, the batch that has room
+        filling: dict[tuple[int, bool], list[int]] = {}
         for prompt in range(begin, min(begin + NEAR, len(lengths))):
             length, limit = lengths[prompt]
             block = block_lengths(length)[0]
-            batch = open_.get(block)
-            if limit or batch is None or len(batch) == min(ROWS, BLOCKS[-1] // block):
-                batch = open_[block] = []
-                found.append(batch)
-            batch.append(prompt)
+            kind, most = (block, bool(limit)), min(ROWS, BLOCKS[-1] // block, slots if limit else ROWS)
+            if kind not in filling or len(filling[kind]) == most:
+                filling[kind] = []
+                found.append(filling[kind])
+            filling[kind].append(prompt)
     return found
 
 
@@ -586,25 +613,26 @@ def num_rows(prompts: int) -> int:
     return 1 << (prompts - 1).bit_length()
 
 
-def prefilled_together(lengths: Iterable[tuple[int, int]], free: int) -> int:
-    """How many batches of these lengths and limits, from the first on, may share a reading of streamed layers where as
-    many slots are free."""
-    count = tokens = 0
-    for length, limit in lengths:
-        tokens += length
-        if (limit and count == free) or (count and tokens > TOGETHER):
+def prefilled_together(sizes: Iterable[list[tuple[int, int]]], free: int) -> int:
+    """How many batches of prompts of these lengths and limits, from the first on, may share a reading of streamed
+    layers where as many slots are free."""
+    count = tokens = seats = 0
+    for batch in sizes:
+        tokens += sum(length for length, _ in batch)
+        seats += sum(bool(limit) for _, limit in batch)
+        if (seats and not free) or (count and (seats > free or tokens > TOGETHER)):
             break
         count += 1
     return count
 
 
-def reading_groups(lengths: list[tuple[int, int]], slots: int) -> list[list[list[int]]]:
+def reading_groups(together: list[list[int]], lengths: list[tuple[int, int]], slots: int) -> list[list[list[int]]]:
     """The batches that share each reading, if all of a group end together."""
-    waiting, groups, begin = batches(lengths), [], 0
-    while begin < len(waiting):
-        sizes = ((sum(lengths[p][0] for p in b), lengths[b[0]][1]) for b in itertools.islice(waiting, begin, None))
+    groups, begin = [], 0
+    while begin < len(together):
+        sizes = ([lengths[p] for p in batch] for batch in itertools.islice(together, begin, None))
         count = prefilled_together(sizes, slots)
-        groups.append(waiting[begin : begin + count])
+        groups.append(together[begin : begin + count])
         begin += count
     return groups
 
@@ -624,18 +652,16 @@ def _joined(parts: list[np.ndarray], dims: str, kept: Kept, total: int) -> np.nd
 
 
 def _pooled(kept: Kept, places: list[dict]) -> np.ndarray:
-    """The result of the pools of a job, stacked over layers. A pool has one row, or none if it comes from a slot."""
+    """The result of the pools of a job, stacked over layers."""
     found = []
     for pools in places:
         if kept.key not in pools:
             continue
         pool = pools[kept.key]
         if kept.reduce == "count":
-            found.append(pool.reshape(pool.shape[-1 - bool(kept.classes) :]))
+            found.append(pool)
             continue
-        number, mean, *spread = (np.asarray(a) for a in pool)
-        if number.ndim:
-            number, mean, *spread = (a[0] for a in (number, mean, *spread))
+        number, mean, *spread = pool
         value = np.stack([mean, spread[0] / max(number, 1)]) if spread else mean
         found.append(value if number else np.full_like(value, np.nan))  # the sequence ended before any
     value = np.stack(found)

@@ -26,7 +26,7 @@ from grokscope.model.sharding import make_mesh, meshes, on, placed
 from grokscope.model.transformer import KVCache
 from grokscope.run import captures, steps
 from grokscope.run.compiled import keep_compiled
-from grokscope.run.decode import BLOCKS, block_lengths, cache_length, shapes
+from grokscope.run.decode import batches, block_lengths, cache_length, num_rows, shapes
 from grokscope.run.hooks import PLAIN, Given
 from grokscope.run.plan import DISKS, priced
 from grokscope.run.sampling import Sampling
@@ -43,8 +43,8 @@ DEVICES = (1, 2, 4, 8, 16, 32, 64)
 class Fit:
     """Bytes on each device.
 
-    cache: of the slots, and of the prompt that is being prefilled.
-    temporaries: of one layer or the head, and the stream of that prompt.
+    cache: of the slots, and of the prompts that are being prefilled.
+    temporaries: of one layer or the head, and the stream of those prompts.
     """
 
     mesh: str
@@ -99,11 +99,14 @@ def _fit(config, mesh: str, temporaries: int, context: int, batch: int, capture,
     weights = stored_bytes(config, np.dtype(numerics), form, devices).whole(config)
     sequences = [Sequence(context - 1, 1)] * batch
     slots, length = shapes(sequences, batch, devices)
-    caches = [  # of the slots, and of the prompt that is prefilled
+    rows = num_rows(len(batches(sequences, slots)[0]))
+    caches = [  # of the slots, and of the prompts that are prefilled
         jax.ShapeDtypeStruct(shape, np.dtype(numerics), sharding=placed(devices, "BGSC", shape))
-        for shape in (KVCache.sizes(config, slots, length), KVCache.sizes(config, 1, cache_length(context)))
+        for shape in (KVCache.sizes(config, slots, length), KVCache.sizes(config, rows, cache_length(context)))
     ]
-    stream = 2 * sum(block_lengths(context)) * config.emb_size * np.dtype(numerics).itemsize  # into a layer, and out
+    stream = (
+        2 * rows * sum(block_lengths(context)) * config.emb_size * np.dtype(numerics).itemsize
+    )  # into a layer, and out
     hooks = Hooks(config, captures.resolve(capture, config), (), sequences)
     of_captures = priced(hooks, batch, numerics, devices, streamed=False).total["device"]
     cache = 2 * config.num_layers * device_bytes(caches)
@@ -134,7 +137,9 @@ def temporaries(config: GrokConfig, mesh: str, context: int, batch: int, numeric
     """The most that a layer over a block of a prompt, a decode step's layer, or the head needs beside its inputs."""
     devices = make_mesh(mesh, config)
     dtype = np.dtype(numerics)
-    slots, length = shapes([Sequence(context - 1, 1)] * batch, batch, devices)
+    sequences = [Sequence(context - 1, 1)] * batch
+    slots, length = shapes(sequences, batch, devices)
+    prefilled = num_rows(len(batches(sequences, slots)[0]))
 
     def params(of) -> dict:
         found: dict[str, dict] = {}
@@ -150,18 +155,19 @@ def temporaries(config: GrokConfig, mesh: str, context: int, batch: int, numeric
         one = array(KVCache.dims(shape), shape)
         return KVCache(one, one)
 
-    block = min(b for b in BLOCKS if b >= min(context, BLOCKS[-1]))
+    block = block_lengths(context)[0]
     whole = NamedSharding(devices, PartitionSpec())
     as_whole = functools.partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole))
     state = as_whole(jax.eval_shape(lambda: DecodeState.idle(slots)))
     greedy = Sampling.rows(slots, config.vocab_size, temperature=0.0, top_p=1.0, top_k=None, seed=0)
     method, rows = greedy.method(config.vocab_size), as_whole(greedy)
-    at = (np.zeros(1, np.int32), np.zeros((1, block), np.int32), np.ones((1, block), bool), {}, Given())
-    x, step = array("BTD", (1, block, config.emb_size)), array("BTD", (slots, 1, config.emb_size))
+    tokens = np.zeros((prefilled, block), np.int32)
+    at = (np.zeros(prefilled, np.int32), tokens, np.ones(tokens.shape, bool), {}, Given())
+    x, step = array("BTD", (*tokens.shape, config.emb_size)), array("BTD", (slots, 1, config.emb_size))
     layer, ends = params(LAYER_PARAMS), params(GLOBAL_PARAMS)
     with on(devices):
         compiled = [
-            steps.layer.lower(config, PLAIN, layer, x, cache(1, cache_length(context)), *at),
+            steps.layer.lower(config, PLAIN, layer, x, cache(prefilled, cache_length(context)), *at),
             steps.decode_layer.lower(config, PLAIN, layer, step, cache(slots, length), state, {}, Given(), 0),
             steps.score.lower(config, PLAIN, ends, x, at[1], *at),
             steps.readout.lower(config, PLAIN, method, ends, step, state, rows, {}, Given(), 0),

@@ -75,7 +75,8 @@ def priced(hooks: Hooks, batch_size: int, dtype, mesh: Mesh | AbstractMesh | Non
     """The price of the captures of a call; `streamed`: with streamed weights."""
     lengths = [tuple(s) for s in hooks.sequences]
     slots, length = shapes(lengths, batch_size, mesh)
-    groups = reading_groups(lengths, slots) if streamed else [[batch] for batch in batches(lengths)]
+    together = batches(lengths, slots)
+    groups = reading_groups(together, lengths, slots) if streamed else [[batch] for batch in together]
     longest = max(groups, key=lambda group: sum(lengths[p][0] for batch in group for p in batch))
     of_prompt = {kept.key: sum(_batch(hooks, kept, b, dtype, mesh) for b in longest) for kept in hooks.kept}
     share = _share_there(hooks, of_prompt)

@@ -178,8 +178,14 @@ written = jax.jit(_written, static_argnums=0, donate_argnums=1)
 
 @functools.partial(jax.jit, donate_argnums=(0,))
 def noted(targets: Int[Array, "B N"], state: DecodeState, column) -> Int[Array, "B N"]:
-    """The token that each slot draws next, in column `column`."""
-    return jax.lax.dynamic_update_slice_in_dim(targets, state.tokens[:, None], column, axis=1)
+    """The token that each row draws next, in column `column`: one for all, or [B]."""
+    return targets.at[jnp.arange(len(targets)), column].set(state.tokens)
+
+
+@jax.jit
+def at_positions(x: Float[Array, "B T D"], where: Int[Array, " B"]) -> Float[Array, "B 1 D"]:
+    """One position of each row."""
+    return constrain(jnp.take_along_axis(x, where[:, None, None], axis=1), "BTD")
 
 
 @jax.jit
@@ -214,19 +220,19 @@ def chosen_experts(num_experts: int, chosen: Int[Array, "B T K"], live: Bool[Arr
 @jax.jit
 def seated_pools(pools: list[dict], rows: list[dict], slot) -> list[dict]:
     """The pools of one prompt in place of the slot's."""
-    return jax.tree.map(lambda all_, one: whole(all_.at[slot].set(one[0])), pools, rows)
+    return jax.tree.map(lambda all_, one: whole(all_.at[slot].set(one)), pools, rows)
 
 
 @jax.jit
-def taken(pools: list[dict], slot) -> list[dict]:
-    """The pools of a slot, as copies."""
-    return jax.tree.map(lambda all_: whole(all_[slot]), pools)
+def taken(pools: list[dict], row) -> list[dict]:
+    """The pools of a row, as copies."""
+    return jax.tree.map(lambda all_: whole(all_[row]), pools)
 
 
 @jax.jit
-def seated(state: DecodeState, first: DecodeState, slot) -> DecodeState:
-    """`first` (of one row) in place of the slot."""
-    return jax.tree.map(lambda all_, one: whole(all_.at[slot].set(one[0])), state, first)
+def seated(state: DecodeState, first: DecodeState, slot, row) -> DecodeState:
+    """That row of `first` in place of the slot."""
+    return jax.tree.map(lambda all_, rows: whole(all_.at[slot].set(rows[row])), state, first)
 
 
 @jax.jit
@@ -235,15 +241,18 @@ def retired(state: DecodeState, slot) -> DecodeState:
     return dataclasses.replace(state, live=whole(state.live.at[slot].set(False)))
 
 
-@functools.partial(jax.jit, donate_argnums=(0,))
-def seated_cache(cache: transformer.KVCache, row: transformer.KVCache, slot) -> transformer.KVCache:
-    """The cache of one prompt, of the same length or shorter, in place of the slot's."""
+@functools.partial(jax.jit, static_argnums=4, donate_argnums=0)
+def seated_cache(
+    cache: transformer.KVCache, prefilled: transformer.KVCache, slot, row, rows: int
+) -> transformer.KVCache:
+    """One row of the caches of that many prompts, of the same length or shorter, in place of the slot's."""
 
-    def put(all_, one):
-        at = (slot * len(one), *[0] * (one.ndim - 1))  # len(one): the groups of a row, where these are merged with B
-        return constrain(jax.lax.dynamic_update_slice(all_, one, at), "BGSC")
+    def put(all_, own):
+        groups, behind = len(own) // rows, [0] * (own.ndim - 1)  # of a row, where these are merged with B
+        one = jax.lax.dynamic_slice_in_dim(own, row * groups, groups)
+        return constrain(jax.lax.dynamic_update_slice(all_, one, (slot * groups, *behind)), "BGSC")
 
-    return jax.tree.map(put, cache, row)
+    return jax.tree.map(put, cache, prefilled)
 
 
 def one_at_a_time() -> None:
