@@ -149,6 +149,23 @@ def test_interrupted_and_resumed(small, tmp_path, many_parts):
         same(a, b)
 
 
+def test_forward_passes_interrupted_and_resumed(small, tmp_path, many_parts):
+    """To the bit too, though what is made again of a batch is what was missing of it."""
+    whole = small.dump(PROMPTS, tmp_path / "whole", capture=CAPTURE)
+
+    def interrupt(done):
+        if done == 17:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        small.dump(PROMPTS, tmp_path / "d", capture=CAPTURE, progress=interrupt)
+    assert len(gs.open(tmp_path / "d").missing) == 13
+    made = small.dump(PROMPTS, tmp_path / "d", capture=CAPTURE, resume=True)
+    assert sorted(p for one in made._parts for p in one["prompts"]) == list(range(30))
+    for a, b in zip(whole, made, strict=True):
+        same(a, b)
+
+
 WRITER = """
 import sys
 import grokscope as gs
@@ -263,19 +280,23 @@ IN_ONE_LAYER = ["resid_pre", "resid_mid", "q", "attn_z", "attn_out", "moe_out"]
         [gs.capture(tap, layers=layer) for layer, tap in enumerate(IN_ONE_LAYER)],
         [
             gs.capture("resid_post", reduce="lens", name="all"),
-            gs.capture("resid_post", reduce="lens", positions=[3, 560]),
+            gs.capture("resid_post", reduce="lens", positions=[3, -40]),
         ],
         [gs.capture("resid_post", reduce="lens", layers=2)],
     ],
     ids=["all layers", "one each", "lens", "lens of one"],
 )
-def test_captures_of_a_prompt_leave_layer_by_layer(grok, monkeypatch, wishes):
-    """They are the same, and the device holds no more of them than a plan says, of prompts of several blocks too."""
+@pytest.mark.parametrize(
+    "prompts", [[[5] * 600, [*range(5, 605)]], [[5] * (40 + i) for i in range(30)]], ids=["long", "short"]
+)
+def test_captures_of_a_prompt_leave_layer_by_layer(grok, monkeypatch, wishes, prompts):
+    """They are the same, and the device holds no more of them than a plan says: of prompts of several blocks, and of
+    several prompts that run together."""
     import jax
 
     from grokscope.run import landing
 
-    prompts, found = [[5] * 600, [*range(5, 605)]], []
+    found = []
     send = landing.Transfers.send
 
     def sending(self, *args):
@@ -294,7 +315,7 @@ def test_captures_of_a_prompt_leave_layer_by_layer(grok, monkeypatch, wishes):
     for some, all_ in zip(one_by_one, whole, strict=True):
         for key, value in all_.taps.items():
             np.testing.assert_array_equal(some.taps[key], value)
-    assert (more - less) / 3 < max(found) - plain <= more - less
+    assert (more - less) / 3 < max(found) - plain <= more - less + 1024  # positions that are kept, and the like
 
 
 def test_the_price_of_grok_1(grok):

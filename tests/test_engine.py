@@ -9,7 +9,7 @@ from conftest import small_config, write_random
 import grokscope as gs
 from grokscope.model.transformer import KVCache
 from grokscope.run import steps
-from grokscope.run.decode import block_lengths, cache_length
+from grokscope.run.decode import batches, block_lengths, cache_length
 from grokscope.run.hooks import PLAIN, Given
 
 PROMPTS = [
@@ -93,10 +93,19 @@ def test_generate_equals_trace_of_its_tokens(grok, length):
 
 
 def test_shapes_of_a_run():
-    assert block_lengths(700) == [512, 512]
+    assert block_lengths(700) == [512, 256]
     assert block_lengths(513) == [512, 1]
-    assert [block_lengths(n) for n in (1, 2, 33, 512)] == [[1], [32], [128], [512]]
-    assert [cache_length(n) for n in (1, 33, 200, 513)] == [32, 128, 512, 1024]
+    assert [block_lengths(n) for n in (1, 2, 33, 512)] == [[1], [32], [64], [512]]
+    assert [cache_length(n) for n in (1, 33, 200, 513)] == [32, 64, 256, 1024]
+
+
+def test_who_is_prefilled_together():
+    """Prompts of one block's length, up to 512 positions and no more than slots; longer ones alone."""
+    lengths = [(20, 0)] * 17 + [(40, 0), (300, 0), (60, 0), (5, 0)]
+    assert batches(lengths, 0) == [[*range(16)], [16, 20], [17, 19], [18]]
+    assert batches([(20, 5)] * 10, 8) == [[*range(8)], [8, 9]]
+    assert batches([(20, 5), *[(600, 5)] * 3, (20, 5)], 1) == [[0], [1], [2], [3], [4]]
+    assert [len(b) for b in batches([(20, 0), *[(300, 0)] * 63, (20, 0)], 0)] == [1] * 65, "too far apart"
 
 
 def test_events_tell_the_text(grok):

@@ -1,5 +1,6 @@
 """Captures, reductions and edits, against the numpy oracle and against plain runs."""
 
+import contextlib
 import dataclasses
 import json
 import threading
@@ -117,6 +118,46 @@ def test_prompts_are_selected(small):
     )
     assert ["resid_post" in t.taps for t in traces] == [True, False, True]
     assert traces[0]["resid_post"].shape == (3, 14, 48)
+
+
+TOGETHER = {
+    "positions": gs.capture("q", positions=[0, 3, -2], heads=[1]),
+    "last": gs.capture("resid_pre", positions="last"),
+    "mean": gs.capture("resid_mid", reduce="mean", positions=slice(2, None)),
+    "count": gs.capture("expert_index", reduce="count"),
+    "lens": gs.capture("resid_post", reduce="lens", k=2, name="lens"),
+    "lens of some": gs.capture("resid_post", reduce="lens", k=2, positions=[1, -1], name="lens of some"),
+    "one prompt's": gs.capture("v", prompts=[2], layers=1),
+}
+
+
+@pytest.mark.parametrize("new", [0, 3])
+def test_prompts_that_run_together(small, new):
+    """Of several lengths, with an edit of one of them, each is what it is alone."""
+    prompts = [TOKENS, TOKENS[:4], [7] * 40, TOKENS[::-1], [9, 8] * 25, TOKENS[2:], [3]]
+    wishes = ["attn_pattern", "resid_post", "logits", *TOGETHER.values()]
+    change = dict(layers=1, positions=slice(2, None))
+
+    def run(x):
+        return small.generate(x, new, stop_at_eos=False, capture=wishes) if new else small.trace(x, capture=wishes)
+
+    with small.edits(gs.scale("moe_delta", 0.5, prompts=0, **change)):
+        together = run(prompts)
+    for i, (prompt, trace) in enumerate(zip(prompts, together, strict=True)):
+        wishes[-1] = gs.capture("v", layers=1) if i == 2 else "resid_post"
+        wishes[3:-1] = [w for name, w in list(TOGETHER.items())[:-1] if len(prompt) > 2 or name in ("last", "count")]
+        with small.edits(gs.scale("moe_delta", 0.5, **change)) if i == 0 else contextlib.nullcontext():
+            alone = run(prompt)
+        if len(prompt) > 2:
+            assert alone.taps.keys() == trace.taps.keys()
+        assert (alone.tokens == trace.tokens).all()
+        close(trace.logprobs[1:], alone.logprobs[1:])
+        for key, value in alone.taps.items():
+            assert trace.numbers[key] == alone.numbers[key]
+            if value.dtype.kind == "f":
+                close(trace[key], value)
+            else:
+                assert (trace[key] != value).mean() < 0.05, key  # near ties
 
 
 def test_reductions(small, truth):

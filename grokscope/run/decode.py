@@ -35,7 +35,7 @@ from grokscope.run.sampling import Sampling
 from grokscope.run.staging import Hooks, Place, places_of
 from grokscope.run.steps import COLUMNS, DecodeState
 
-BLOCKS = (1, 32, 128, 512)  # query lengths that are compiled
+BLOCKS = (1, 32, 64, 128, 256, 512)  # query lengths that are compiled
 BATCH_SIZE = 8  # slots, unless the caller says otherwise
 TOGETHER = 32768  # tokens of prompts that share a reading of streamed layers
 ROWS = 16  # prompts that run together at most

@@ -8,6 +8,7 @@ the same arrays in a dump; its headers, texts and tables are not counted.
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -77,8 +78,13 @@ def priced(hooks: Hooks, batch_size: int, dtype, mesh: Mesh | AbstractMesh | Non
     slots, length = shapes(lengths, batch_size, mesh)
     together = batches(lengths, slots)
     groups = reading_groups(together, lengths, slots) if streamed else [[batch] for batch in together]
-    longest = max(groups, key=lambda group: sum(lengths[p][0] for batch in group for p in batch))
-    of_prompt = {kept.key: sum(_batch(hooks, kept, b, dtype, mesh) for b in longest) for kept in hooks.kept}
+    of_prompt = max(
+        (
+            {k.key: sum(_batch(hooks, k, b, dtype, mesh) for b in group) for k in hooks.kept}
+            for group in _apart(groups, lengths)
+        ),
+        key=lambda sizes: sum(sizes.values()),
+    )
     share = _share_there(hooks, of_prompt)
     rows = {}
     for kept in hooks.kept:
@@ -90,6 +96,16 @@ def priced(hooks: Hooks, batch_size: int, dtype, mesh: Mesh | AbstractMesh | Non
         host = num_layers * sum(_host(hooks, kept, prompt, dtype) for prompt in range(len(lengths)))
         rows[kept.key] = {"device": device, "host": host, "disk": host}
     return Plan(rows, len(lengths), sum(s.longest for s in hooks.sequences))
+
+
+def _apart(groups: list[list[list[int]]], lengths: list[tuple[int, int]]) -> Iterable[list[list[int]]]:
+    """Of groups that run in the same shapes the one with most tokens."""
+
+    def longest(batch: list[int]) -> int:
+        return max(lengths[prompt][0] for prompt in batch)
+
+    by_size = sorted(groups, key=lambda group: sum(lengths[prompt][0] for batch in group for prompt in batch))
+    return {tuple((num_rows(len(b)), *block_lengths(longest(b))) for b in group): group for group in by_size}.values()
 
 
 def _decode(hooks: Hooks, kept: Kept, slots: int, length: int, dtype, mesh: Mesh | AbstractMesh | None) -> int:
