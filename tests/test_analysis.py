@@ -10,6 +10,7 @@ import pytest
 import grokscope as gs
 from grokscope import analysis
 from grokscope.analysis import resampling
+from grokscope.analysis.causal import sweep
 
 LABELS = planted.CLASSES
 
@@ -377,6 +378,14 @@ def test_the_path_from_head_to_head(made, pair):
     assert best.recovered > 0.95
     assert keys.recovered.drop(best.name).abs().max() < 0.01
     assert max(queries.recovered.abs().max(), values.recovered.abs().max()) < 0.01
+
+
+def test_a_sweep_cut_short_gives_what_is_whole(made, monkeypatch):
+    """Prompts of a call may be done in another order: what comes after one that is missing is not counted."""
+    trace = made.trace
+    monkeypatch.setattr(made, "trace", lambda *args, **kw: [t for t in trace(*args, **kw) if t.meta["prompt"] != 3])
+    found = sweep(made, [[5, 6], [7, 8, 9]], [[], [gs.ablate(layers=0)], [gs.ablate(layers=1)]])
+    assert [[t.tokens.tolist() for t in of_variant] for of_variant in found] == [[[5, 6], [7, 8, 9]]]
 
 
 def test_a_sweep_goes_on(made, tmp_path, monkeypatch):

@@ -47,7 +47,8 @@ def sweep(
         with grok.edits(*changes):
             if directory is None:
                 found = grok.trace([*prompts] * len(chunk), capture=keep)
-                traces = found if isinstance(found, list) else [found]
+                assert isinstance(found, list)
+                traces = [trace for i, trace in enumerate(found) if trace.meta["prompt"] == i]  # up to the first gap
             else:
                 traces = [
                     *grok.dump([*prompts] * len(chunk), Path(directory) / f"{first:06}", capture=keep, resume=True)
