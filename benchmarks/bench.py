@@ -58,7 +58,7 @@ def decode(path: Path, rounds: int) -> None:
         "released": Contender(contenders.released, path),
     }
     limit = Contender(contenders.limits)
-    tasks = ["decode 1", "decode 8", "prefill 512"]
+    tasks = ["decode 1", "decode 8", "prefill 512", "prefill 32 x 32"]
     before = {name: limit(name) for name in limit.tasks}
     found = measured(made, tasks, rounds)
     after = {name: limit(name) for name in before}
@@ -95,7 +95,7 @@ def looking(path: Path, rounds: int) -> None:
         "nnsight": Contender(contenders.nnsight, config),
     }
     looks = ["generate, routing", "generate, all but attention", "generate, attention patterns"]
-    tasks = ["generate", *looks, "generate 8", "generate 8, routing", "prefill 512", "full cache"]
+    tasks = ["generate", *looks, "generate 8", "generate 8, routing", "prefill 512", "full cache", "prefill 32 x 32"]
     found = measured(made, tasks, rounds)
     print(f"\n{path.name}: what looking costs")
     row("", "seconds", "of its plain run", "grokscope takes, of it")

@@ -3,10 +3,11 @@
 Each `build` returns {task: call}, for side_by_side. The peers run Hugging Face's Mixtral of the same shape with random
 weights, in float32: the same products as Grok-1 but for two norms a layer. The same task has the same name everywhere:
 
-    decode B       seconds of a step of B rows behind 64 tokens, from two generations of different length
-    prefill 512    a forward pass of one prompt
-    full cache     the same, everything that the library can keep of it kept
-    generate       64 tokens behind 64, greedy; and while what the router says is kept, token by token
+    decode B           seconds of a step of B rows behind 64 tokens, from two generations of different length
+    prefill 512        a forward pass of one prompt
+    full cache         the same, everything that the library can keep of it kept
+    prefill 32 x 32    forward passes of 32 prompts of 32 tokens, in one call
+    generate           64 tokens behind 64, greedy; and while what the router says is kept, token by token
 """
 
 import functools
@@ -97,6 +98,7 @@ def grokscope(path: Path, weights: str | None = None) -> Tasks:
 
     grok = gs.load(path, weights=weights)
     one, long = prompts(grok.config, 1, 64)[0], prompts(grok.config, 1, 512)[0]
+    short = list(prompts(grok.config, 32, 32))
 
     def generate(n: int, x=one, capture=()):
         return grok.generate(x, n, stop_at_eos=False, capture=capture)
@@ -107,6 +109,7 @@ def grokscope(path: Path, weights: str | None = None) -> Tasks:
         "decode 1": lambda: step_seconds(generate, 16, 80),
         "decode 8": lambda: step_seconds(functools.partial(generate, x=eight), 16, 48),
         "prefill 512": lambda: grok.trace(long, capture=()),
+        "prefill 32 x 32": lambda: grok.trace(short, capture=()),
         "full cache": lambda: grok.trace(long, capture=gs.TAPS),
         "generate": lambda: generate(NEW),
         "generate, routing": lambda: generate(NEW, capture=None),
@@ -126,6 +129,7 @@ def released(path: Path) -> Tasks:
         "decode 1": lambda: step_seconds(lambda n: model.generate(batch[:1], n), 1, 5),
         "decode 8": lambda: step_seconds(lambda n: model.generate(batch, n), 1, 5),
         "prefill 512": lambda: model.generate(prompts(model.config, 1, 512), 1),
+        "prefill 32 x 32": lambda: model.generate(prompts(model.config, 32, 32), 1),
     }
 
 
@@ -158,7 +162,7 @@ def mixtral(config: GrokConfig, experts: str) -> Tasks:
     """`experts`: how transformers runs them, "eager" or "grouped_mm"; "batched_mm" copies them for every token."""
     model = _mixtral(config)
     model.set_experts_implementation(experts)
-    batch, long = _ids(config, 8, 64), _ids(config, 1, 512)
+    batch, long, short = _ids(config, 8, 64), _ids(config, 1, 512), _ids(config, 32, 32)
 
     def generate(n: int, x=batch[:1]):
         return model.generate(x, attention_mask=x * 0 + 1, max_new_tokens=n, min_new_tokens=n, do_sample=False)
@@ -167,6 +171,7 @@ def mixtral(config: GrokConfig, experts: str) -> Tasks:
         "decode 1": lambda: step_seconds(generate, 16, 48),
         "decode 8": lambda: step_seconds(functools.partial(generate, x=batch), 8, 24),
         "prefill 512": lambda: model(long),
+        "prefill 32 x 32": lambda: model(short),
         "generate": lambda: generate(NEW),
     }
 
@@ -177,7 +182,7 @@ def transformer_lens(config: GrokConfig) -> Tasks:
 
     model.set_experts_implementation("eager")
     bridge = build_bridge_from_module(model, "MixtralForCausalLM", hf_config=model.config)
-    one, long = _ids(config, 1, 64), _ids(config, 1, 512)
+    one, long, short = _ids(config, 1, 64), _ids(config, 1, 512), _ids(config, 32, 32)
 
     def generate():
         options = dict(stop_at_eos=False, do_sample=False, verbose=False, return_type="tokens")
@@ -192,6 +197,7 @@ def transformer_lens(config: GrokConfig) -> Tasks:
 
     return {
         "prefill 512": lambda: bridge(long),
+        "prefill 32 x 32": lambda: bridge(short),
         "full cache": lambda: bridge.run_with_cache(long),
         "generate": generate,
         "generate, routing": routed,
@@ -208,11 +214,11 @@ def nnsight(config: GrokConfig) -> Tasks:
     words = tokenizers.models.WordLevel({f"<{i}>": i for i in range(config.vocab_size)}, unk_token="<3>")
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words), pad_token="<0>")
     sight = TransformersModel(model, tokenizer=tokenizer)
-    one, long = _ids(config, 1, 64), _ids(config, 1, 512)
+    one, long, short = _ids(config, 1, 64), _ids(config, 1, 512), _ids(config, 32, 32)
     options = dict(attention_mask=one * 0 + 1, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
 
-    def forward():
-        with sight.trace(long):
+    def forward(x):
+        with sight.trace(x):
             logits = sight.output.logits.save()
         return logits
 
@@ -234,4 +240,10 @@ def nnsight(config: GrokConfig) -> Tasks:
                     kept.append(layer.mlp.gate.output)
         assert len(kept) == NEW * config.num_layers, len(kept)
 
-    return {"prefill 512": forward, "full cache": cached, "generate": generate, "generate, routing": routed}
+    return {
+        "prefill 512": lambda: forward(long),
+        "prefill 32 x 32": lambda: forward(short),
+        "full cache": cached,
+        "generate": generate,
+        "generate, routing": routed,
+    }
