@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
 
 import grokscope as gs
+from grokscope.run import decode
 from grokscope.run import dump as dump_module
 
 CAPTURE = ["router_logits", gs.capture("resid_post", layers=[1, 2])]
@@ -160,10 +162,20 @@ def test_forward_passes_interrupted_and_resumed(small, tmp_path, many_parts):
     with pytest.raises(KeyboardInterrupt):
         small.dump(PROMPTS, tmp_path / "d", capture=CAPTURE, progress=interrupt)
     assert len(gs.open(tmp_path / "d").missing) == 13
-    made = small.dump(PROMPTS, tmp_path / "d", capture=CAPTURE, resume=True)
+    with mock.patch.object(decode, "Landing", wraps=decode.Landing) as landings:
+        made = small.dump(PROMPTS, tmp_path / "d", capture=CAPTURE, resume=True)
+    assert landings.call_count == 13, "the host takes no captures of those that are there"
     assert sorted(p for one in made._parts for p in one["prompts"]) == list(range(30))
     for a, b in zip(whole, made, strict=True):
         same(a, b)
+
+
+def test_forward_passes_are_handed_out_while_others_wait(small, tmp_path):
+    """Or a dump would hold all of its captures before it writes the first."""
+    seen = []
+    with mock.patch.object(decode.Run, "_prefill", autospec=True, side_effect=decode.Run._prefill) as prefill:
+        small.dump([[5] * 20] * 64, tmp_path / "d", progress=lambda done: seen.append(prefill.call_count))
+    assert (seen[0], seen[-1]) == (2, 4)
 
 
 WRITER = """
@@ -246,6 +258,15 @@ def test_a_plan_is_what_a_run_takes(random_checkpoint, numerics):
         assert row["device"] > 0
     assert "in all" in repr(plan)
     assert "<table>" in plan._repr_html_()
+
+
+@pytest.mark.parametrize("reduce", [None, "lens", "mean"])
+def test_a_plan_is_of_the_prompts_that_a_capture_is_about(small, reduce):
+    """Also where longer prompts, that run apart from them, keep nothing of it."""
+    prompts = [*[[5] * 20] * 16, *[[5] * 21] * 16]
+    some = small.plan(prompts, capture=gs.capture("resid_post", reduce=reduce, prompts=range(16)))
+    alone = small.plan(prompts[:16], capture=gs.capture("resid_post", reduce=reduce))
+    assert some.total["device"] == alone.total["device"] > 0
 
 
 def test_the_device_bytes_of_a_plan(random_checkpoint, monkeypatch):

@@ -101,31 +101,36 @@ class _Pass:
     """Prompts on their way through the layers together: a row each and idle ones behind, and what becomes of them.
 
     Attributes:
+      jobs: of the rows, but for the idle ones.
+      rows, lengths: numbers of the prompts, None for the idle ones, and their lengths.
       at: (start, tokens, live) of each block, which are padded.
-      cache_length: positions of their caches.
-      landings: their captures.
+      cache_length, hooked: positions of their caches; their hooks.
+      landings: their captures; None for a prompt that is only there because it was when the call began.
       xs, scored: the stream of each block, and the log-probabilities of its tokens.
-      caches: of each layer, where tokens follow: until it is known which.
+      caches: one a layer, if tokens follow; handed on to _Prefilled.
       lenses: of each block, to be read out at the end.
       pools: one dictionary for each stage.
     """
 
-    def __init__(self, jobs: list[Job], hooks: Hooks, dtype):
-        lengths = block_lengths(max(len(job.prompt) for job in jobs))
-        blocks = [(sum(lengths[:i]), length) for i, length in enumerate(lengths)]
-        self.jobs, prompts = jobs, [job.row for job in jobs]
-        self.rows: list[int | None] = [*prompts, *[None] * (num_rows(len(jobs)) - len(jobs))]
-        padded = np.zeros((len(self.rows), sum(lengths)), np.int32)
-        live = np.zeros(padded.shape, bool)
-        for row, job in enumerate(jobs):
-            padded[row, : len(job.prompt)], live[row, : len(job.prompt)] = job.prompt, True
+    def __init__(self, jobs: list[Job], wanted: set[Job], hooks: Hooks, dtype):
+        of_blocks = block_lengths(max(len(job.prompt) for job in jobs))
+        blocks = [(sum(of_blocks[:i]), length) for i, length in enumerate(of_blocks)]
+        idle = num_rows(len(jobs)) - len(jobs)
+        self.jobs = jobs
+        self.rows: list[int | None] = [*(job.row for job in jobs), *[None] * idle]
+        self.lengths = np.array([*(len(job.prompt) for job in jobs), *[0] * idle], np.int32)
+        padded = np.zeros((len(self.rows), sum(of_blocks)), np.int32)
+        live = np.arange(padded.shape[1]) < self.lengths[:, None]
+        padded[live] = np.concatenate([job.prompt for job in jobs])
         self.at = [
             (np.full(len(padded), begin, np.int32), padded[:, begin : begin + length], live[:, begin : begin + length])
             for begin, length in blocks
         ]
-        self.cache_length = cache_length(sum(lengths))
+        self.cache_length = cache_length(padded.shape[1])
         self.hooked = hooks.prefill(self.rows, self.cache_length)
-        self.landings = [Landing(hooks, prompt, self.hooked.cut, blocks, dtype) for prompt in prompts]
+        self.landings = [
+            Landing(hooks, job.row, self.hooked.cut, blocks, dtype) if job in wanted else None for job in jobs
+        ]
         self.xs: list[jax.Array] = []
         self.scored: list[jax.Array] = []
         self.caches: list[KVCache] = []
@@ -210,6 +215,8 @@ class Run:
     def _turn(self, interrupted: threading.Event) -> None:
         """Prompts into free slots, one decode step, and its tokens read; at the end, what is still on its way."""
         self._refill(interrupted)
+        if self.ready:
+            return
         if not any(self.slots):
             self._land()
             if self.segments:
@@ -250,22 +257,15 @@ class Run:
     # Prefill
 
     def _refill(self, interrupted: threading.Event) -> None:
-        """Prefills waiting prompts: those without tokens to make are done with that, others take a free slot."""
+        """Prefills waiting prompts, until some are done that have no tokens to make; others take a free slot."""
         seated = self._seat_all()
-        while together := self._next_batches():
+        while not self.ready and (together := self._next_batches()):
             for one, first in self._prefill(together, interrupted):
                 self.waiting.popleft()
-                for job in one.jobs:
-                    job.tokens = job.prompt.tolist()
                 self._land()
                 self.arriving = one
                 if first is not None:
-                    for row, job in enumerate(one.jobs):
-                        if job in self.wanted:
-                            pools = steps.taken(one.pools, row) if any(one.pools) else one.pools
-                            job.pools = self._about(job, pools)
-                            self.prefilled.append(_Prefilled(job, one.caches, first, row))
-                    one.caches = []
+                    self._wait_for_slots(one, first)
             seated |= self._seat_all()
         if seated:
             rows = np.array([0 if j is None else j.row for j in self.slots])
@@ -281,6 +281,13 @@ class Run:
         count = prefilled_together(sizes, self.slots.count(None))
         return list(itertools.islice(self.waiting, count if self.streamed else min(count, 1)))
 
+    def _wait_for_slots(self, one: _Pass, first: DecodeState) -> None:
+        for row, job in enumerate(one.jobs):
+            if job in self.wanted:
+                job.pools = self._about(job, steps.taken(one.pools, row) if any(one.pools) else one.pools)
+                self.prefilled.append(_Prefilled(job, one.caches, first, row))
+        one.caches = []
+
     def _seat_all(self) -> bool:
         """Gives prompts that wait for nothing else the slots that are free; whether any."""
         seated = False
@@ -288,6 +295,7 @@ class Run:
             job, caches, first, row = self.prefilled.popleft()
             slot, rows = self.slots.index(None), len(first.tokens)
             job.slot, job.first_step, job.glimpse = slot, self.step, functools.partial(self.glimpse, job)
+            job.tokens = job.prompt.tolist()
             self.caches = [
                 steps.seated_cache(c, own, slot, row, rows) for c, own in zip(self.caches, caches, strict=True)
             ]
@@ -300,7 +308,7 @@ class Run:
         self, together: list[list[Job]], interrupted: threading.Event
     ) -> list[tuple[_Pass, DecodeState | None]]:
         """Layer by layer, block by block; then the first new token, and the log-probabilities of the prompts."""
-        passes = [_Pass(batch, self.hooks, self.dtype) for batch in together]
+        passes = [_Pass(batch, self.wanted, self.hooks, self.dtype) for batch in together]
         for one in passes:
             self._embed(one)
         for layer in range(self.config.num_layers):
@@ -353,7 +361,7 @@ class Run:
                 after = targets
                 if kind.positions:
                     inside = self.hooks.padded_positions(kind.key, one.rows) - start[0]
-                    after = targets[np.arange(len(inside))[:, None], np.clip(inside, 0, targets.shape[1] - 1)]
+                    after = steps.at_columns(targets, np.clip(inside, 0, targets.shape[1] - 1))
                 self.transfers.send(one.landings, i, place, self._read(kind, value, after))
         one.pools.append(pools)
         one.xs, one.lenses = [], []  # it waits for its captures, without what only the layers needed
@@ -374,11 +382,9 @@ class Run:
 
     def _first(self, one: _Pass) -> tuple[DecodeState, np.ndarray]:
         """The first generated tokens, drawn from the last position of each prompt, and where that is in its block."""
-        rows, idle = len(one.rows), len(one.rows) - len(one.jobs)
         sampling = jax.tree.map(lambda a: a[[row or 0 for row in one.rows]], self.sampling)
-        positions = np.array([*(len(job.prompt) - 1 for job in one.jobs), *[0] * idle], np.int32)
-        live = np.arange(rows) < len(one.jobs)
-        state = dataclasses.replace(DecodeState.idle(rows), positions=positions, live=live)
+        positions = np.maximum(one.lengths - 1, 0)
+        state = dataclasses.replace(DecodeState.idle(len(one.rows)), positions=positions, live=one.lengths > 0)
         last = np.maximum(positions - one.at[-1][0], 0)
         (stage, given), x = one.hooked.draw, steps.at_positions(one.xs[-1], last)
         args = (self.method, self.weights.ends, x, state, sampling, {}, given, 0)
@@ -395,7 +401,7 @@ class Run:
         self.embed_buffers, *self.layer_buffers, self.head_buffers = made
         self.spares, self.shared = ({}, []) if self.streamed else self.hooks.spares(slots, COLUMNS, length, self.dtype)
         self.captures_decode = any(not kind.pooled for stage in self._decode_stages() for kind in stage.captures)
-        self.targets = jax.numpy.full((slots, COLUMNS), -1, jax.numpy.int32) if self.hooks.lenses else None
+        self.targets = np.full((slots, COLUMNS), -1, np.int32) if self.hooks.lenses else None
 
     def _decode_stages(self) -> list[Stage]:
         return [staged.stage for staged in (self.hooked.embed, *self.hooked.layers, self.hooked.head)]
@@ -413,7 +419,10 @@ class Run:
         if not any(pools):
             return
         rows = [
-            {key: own.get(key, jax.tree.map(lambda a: jax.numpy.zeros_like(a[0]), pool)) for key, pool in of.items()}
+            {
+                key: own.get(key, jax.tree.map(lambda a: np.zeros(a.shape[1:], a.dtype), pool))
+                for key, pool in of.items()
+            }
             for of, own in zip(pools, job.pools, strict=True)
         ]
         pools = steps.seated_pools(pools, rows, job.slot)
@@ -485,11 +494,14 @@ class Run:
             return
         scored = np.concatenate(on_host(one.scored), axis=1)
         pools = [] if one.jobs[0].limit else on_host(one.pools)
-        for row, job in enumerate(one.jobs):
+        for row, (job, landing) in enumerate(zip(one.jobs, one.landings, strict=True)):
+            if landing is None:
+                continue
             job.logprobs = [np.nan, *scored[row, : len(job.prompt) - 1].tolist(), *job.logprobs]
-            job.chunks = [self.transfers.finish(one.landings[row])]
-            if not job.limit and job in self.wanted:
-                job.finish, job.pools = "length", self._about(job, jax.tree.map(lambda a, row=row: a[row], pools))
+            job.chunks = [self.transfers.finish(landing)]
+            if not job.limit:
+                job.tokens, job.finish = job.prompt.tolist(), "length"
+                job.pools = self._about(job, jax.tree.map(lambda a, row=row: a[row], pools))
                 self._done(job)
 
     def _about(self, job: Job, pools: list[dict]) -> list[dict]:
@@ -609,7 +621,7 @@ def batches(lengths: list[tuple[int, int]], slots: int) -> list[list[int]]:
 
 
 def num_rows(prompts: int) -> int:
-    """Rows of a batch of so many."""
+    """Rows of a batch of so many: a power of two, so that few shapes are compiled."""
     return 1 << (prompts - 1).bit_length()
 
 
@@ -676,8 +688,8 @@ def on_host(tree):
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, so that no step is torn; it takes effect before the next step, layer of a prompt or
-    prompt. A second Ctrl-C interrupts at once. Other threads receive no Ctrl-C; a process that
+    """An event that Ctrl-C sets, so that no step is torn; it takes effect before the next step, or
+    layer of a batch of prompts. A second Ctrl-C interrupts at once. Other threads receive no Ctrl-C; a process that
     ignores it, as one in the background of a shell does, goes on ignoring it."""
     interrupted = threading.Event()
     before = signal.getsignal(signal.SIGINT)

@@ -97,20 +97,24 @@ def fits(
 def _fit(config, mesh: str, temporaries: int, context: int, batch: int, capture, numerics: str, form) -> Fit:
     devices = AbstractMesh(_axes(mesh), ("data", "model"))
     weights = stored_bytes(config, np.dtype(numerics), form, devices).whole(config)
-    sequences = [Sequence(context - 1, 1)] * batch
-    slots, length = shapes(sequences, batch, devices)
-    rows = num_rows(len(batches(sequences, slots)[0]))
+    sequences, slots, length, rows = _shapes(context, batch, devices)
     caches = [  # of the slots, and of the prompts that are prefilled
         jax.ShapeDtypeStruct(shape, np.dtype(numerics), sharding=placed(devices, "BGSC", shape))
-        for shape in (KVCache.sizes(config, slots, length), KVCache.sizes(config, rows, cache_length(context)))
+        for shape in (KVCache.sizes(config, slots, length), KVCache.sizes(config, rows, cache_length(context - 1)))
     ]
-    stream = (
-        2 * rows * sum(block_lengths(context)) * config.emb_size * np.dtype(numerics).itemsize
-    )  # into a layer, and out
+    positions = rows * sum(block_lengths(context - 1))
+    stream = 2 * positions * config.emb_size * np.dtype(numerics).itemsize  # into a layer, and out
     hooks = Hooks(config, captures.resolve(capture, config), (), sequences)
     of_captures = priced(hooks, batch, numerics, devices, streamed=False).total["device"]
     cache = 2 * config.num_layers * device_bytes(caches)
     return Fit(mesh, weights, cache, temporaries + stream, of_captures)
+
+
+def _shapes(context: int, batch: int, devices) -> tuple[list[Sequence], int, int, int]:
+    """Prompts that fill the context but for a token; slots and cache length of decode; prompts prefilled together."""
+    sequences = [Sequence(context - 1, 1)] * batch
+    slots, length = shapes(sequences, batch, devices)
+    return sequences, slots, length, num_rows(len(batches(sequences, slots)[0]))
 
 
 def _axes(mesh: str) -> tuple[int, int]:
@@ -137,9 +141,7 @@ def temporaries(config: GrokConfig, mesh: str, context: int, batch: int, numeric
     """The most that a layer over a block of a prompt, a decode step's layer, or the head needs beside its inputs."""
     devices = make_mesh(mesh, config)
     dtype = np.dtype(numerics)
-    sequences = [Sequence(context - 1, 1)] * batch
-    slots, length = shapes(sequences, batch, devices)
-    prefilled = num_rows(len(batches(sequences, slots)[0]))
+    _, slots, length, prefilled = _shapes(context, batch, devices)
 
     def params(of) -> dict:
         found: dict[str, dict] = {}
@@ -155,19 +157,18 @@ def temporaries(config: GrokConfig, mesh: str, context: int, batch: int, numeric
         one = array(KVCache.dims(shape), shape)
         return KVCache(one, one)
 
-    block = block_lengths(context)[0]
+    tokens = np.zeros((prefilled, block_lengths(context - 1)[0]), np.int32)
     whole = NamedSharding(devices, PartitionSpec())
     as_whole = functools.partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole))
     state = as_whole(jax.eval_shape(lambda: DecodeState.idle(slots)))
     greedy = Sampling.rows(slots, config.vocab_size, temperature=0.0, top_p=1.0, top_k=None, seed=0)
     method, rows = greedy.method(config.vocab_size), as_whole(greedy)
-    tokens = np.zeros((prefilled, block), np.int32)
     at = (np.zeros(prefilled, np.int32), tokens, np.ones(tokens.shape, bool), {}, Given())
     x, step = array("BTD", (*tokens.shape, config.emb_size)), array("BTD", (slots, 1, config.emb_size))
     layer, ends = params(LAYER_PARAMS), params(GLOBAL_PARAMS)
     with on(devices):
         compiled = [
-            steps.layer.lower(config, PLAIN, layer, x, cache(prefilled, cache_length(context)), *at),
+            steps.layer.lower(config, PLAIN, layer, x, cache(prefilled, cache_length(context - 1)), *at),
             steps.decode_layer.lower(config, PLAIN, layer, step, cache(slots, length), state, {}, Given(), 0),
             steps.score.lower(config, PLAIN, ends, x, at[1], *at),
             steps.readout.lower(config, PLAIN, method, ends, step, state, rows, {}, Given(), 0),

@@ -61,18 +61,18 @@ class Transfers:
     """Captures on their way, oldest first."""
 
     def __init__(self):
-        self._waiting: deque[tuple[list[Landing], int, Place, dict[str, jax.Array]]] = deque()
+        self._waiting: deque[tuple[list[Landing | None], int, Place, dict[str, jax.Array]]] = deque()
         self._nbytes = 0
 
-    def send(self, landings: list[Landing], block: int, place: Place, captures: dict[str, jax.Array]) -> None:
-        """Begins one, {key: [B, ...]} with a row for each landing and perhaps idle ones behind; waits for earlier ones
-        while too much is on its way.
+    def send(self, landings: list[Landing | None], block: int, place: Place, captures: dict[str, jax.Array]) -> None:
+        """Begins one, {key: [B, ...]} with a row for each landing, None if nobody wants it, and perhaps idle ones
+        behind; waits for earlier ones while too much is on its way.
         """
         if not captures:
             return
         self._waiting.append((landings, block, place, to_host(steps.gathered(captures))))
         self._nbytes += _nbytes(captures)
-        for landing in landings:
+        for landing in filter(None, landings):
             landing.awaited += 1
         while len(self._waiting) > 1 and self._nbytes > ON_THEIR_WAY:
             self._take()
@@ -89,8 +89,9 @@ class Transfers:
         while captures:  # each waited for, and let go
             key, value = captures.popitem()
             for landing, row in zip(landings, np.asarray(value), strict=False):
-                landing.take(block, place, key, row)
-        for landing in landings:
+                if landing:
+                    landing.take(block, place, key, row)
+        for landing in filter(None, landings):
             landing.awaited -= 1
 
 

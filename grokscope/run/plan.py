@@ -1,14 +1,13 @@
 """What a run keeps in bytes, from shapes alone: nothing is compiled, allocated or run.
 
 device (on a mesh, each of them): buffers of the decode step, their copy while it goes to the host, and of the captures
-of the longest prompt what has not left yet. host: the arrays of all Traces, if every prompt makes all its tokens. disk:
-the same arrays in a dump; its headers, texts and tables are not counted.
+of prompts that run together what has not left yet. host: the arrays of all Traces, if every prompt makes all its
+tokens. disk: the same arrays in a dump; its headers, texts and tables are not counted.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -78,41 +77,28 @@ def priced(hooks: Hooks, batch_size: int, dtype, mesh: Mesh | AbstractMesh | Non
     slots, length = shapes(lengths, batch_size, mesh)
     together = batches(lengths, slots)
     groups = reading_groups(together, lengths, slots) if streamed else [[batch] for batch in together]
-    of_prompt = max(
-        (
-            {k.key: sum(_batch(hooks, k, b, dtype, mesh) for b in group) for k in hooks.kept}
-            for group in _apart(groups, lengths)
-        ),
-        key=lambda sizes: sum(sizes.values()),
-    )
-    share = _share_there(hooks, of_prompt)
+    of_batch = {  # of those that run together, at most
+        kept.key: max(sum(_batch(hooks, kept, batch, dtype, mesh) for batch in group) for group in groups)
+        for kept in hooks.kept
+    }
+    share = _share_there(hooks, of_batch)
     rows = {}
     for kept in hooks.kept:
         num_layers, decode = len(places_of(kept)), _decode(hooks, kept, slots, length, dtype, mesh)
         device = num_layers * decode
         if _captured(hooks, kept) > num_layers:  # what other layers drop: one buffer for all, and a stream at a time
-            device += (0 if streamed else decode // 2) + (of_prompt[kept.key] if kept.reduce == "lens" else 0)
-        device += math.ceil(num_layers * of_prompt[kept.key] * (share if _leaves(kept) else 1))
+            device += (0 if streamed else decode // 2) + (of_batch[kept.key] if kept.reduce == "lens" else 0)
+        device += math.ceil(num_layers * of_batch[kept.key] * (share if _leaves(kept) else 1))
         host = num_layers * sum(_host(hooks, kept, prompt, dtype) for prompt in range(len(lengths)))
         rows[kept.key] = {"device": device, "host": host, "disk": host}
     return Plan(rows, len(lengths), sum(s.longest for s in hooks.sequences))
-
-
-def _apart(groups: list[list[list[int]]], lengths: list[tuple[int, int]]) -> Iterable[list[list[int]]]:
-    """Of groups that run in the same shapes the one with most tokens."""
-
-    def longest(batch: list[int]) -> int:
-        return max(lengths[prompt][0] for prompt in batch)
-
-    by_size = sorted(groups, key=lambda group: sum(lengths[prompt][0] for batch in group for prompt in batch))
-    return {tuple((num_rows(len(b)), *block_lengths(longest(b))) for b in group): group for group in by_size}.values()
 
 
 def _decode(hooks: Hooks, kept: Kept, slots: int, length: int, dtype, mesh: Mesh | AbstractMesh | None) -> int:
     if not slots or not hooks.reaches(kept)[1]:
         return 0
     if kept.pooled:
-        return _nbytes(jax.eval_shape(lambda: hooks.pool(kept, slots)))
+        return _nbytes(hooks.pool(kept, slots))
     return 2 * sum(
         math.prod(shape) // parts(dims, shape, mesh) * np.dtype(own).itemsize
         for dims, shape, own in hooks.buffer_shapes(kept, slots, COLUMNS, length, dtype).values()
@@ -124,7 +110,7 @@ def _batch(hooks: Hooks, kept: Kept, prompts: list[int], dtype, mesh: Mesh | Abs
         return 0
     rows, n = num_rows(len(prompts)), max(hooks.sequences[prompt].prompt_length for prompt in prompts)
     if kept.pooled:
-        return _nbytes(jax.eval_shape(lambda: hooks.pool(kept, rows)))
+        return _nbytes(hooks.pool(kept, rows))
     padded = hooks.padded_positions(kept.key, prompts).shape[1]
     cut = hooks.cut(kept, prompts)
     lengths = [padded if cut else block for block in block_lengths(n)]
@@ -149,11 +135,11 @@ def _captured(hooks: Hooks, kept: Kept) -> int:
     return sum(hooks.captures(kept, place) for place in hooks.places)
 
 
-def _share_there(hooks: Hooks, of_prompt: dict[str, int]) -> float:
-    """How much of a prompt's captures that leave is on the device at most, of all that is kept of them."""
+def _share_there(hooks: Hooks, of_batch: dict[str, int]) -> float:
+    """How much of a batch's captures that leave is on the device at most, of all that is kept of them."""
     leaving = list(filter(_leaves, hooks.kept))
-    kept = [sum(of_prompt[k.key] for k in leaving if place in places_of(k)) for place in hooks.places]
-    there = [sum(of_prompt[k.key] for k in leaving if hooks.captures(k, place)) for place in hooks.places]
+    kept = [sum(of_batch[k.key] for k in leaving if place in places_of(k)) for place in hooks.places]
+    there = [sum(of_batch[k.key] for k in leaving if hooks.captures(k, place)) for place in hooks.places]
     dropped = max(all_ - own for all_, own in zip(there, kept, strict=True))
     held = min(sum(kept) + dropped, max(there) + max(*there, landing.ON_THEIR_WAY))
     return held / sum(kept) if any(kept) else 1

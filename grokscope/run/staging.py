@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from grokscope.config import GrokConfig
@@ -278,13 +277,13 @@ class Hooks:
         return kept.sizes(self.config) | ({"K": self.width} if self._wider else {})
 
     def pool(self, kept: Kept, rows: int) -> Any:
-        """An empty pool."""
+        """An empty pool, on the host: nothing runs on one device alone between steps of several."""
         if kept.reduce == "count":
             sizes = self.dims(kept)
-            return jnp.zeros((rows, *([kept.classes] if kept.classes else []), sizes["E"]), jnp.int32)
+            return np.zeros((rows, *([kept.classes] if kept.classes else []), sizes["E"]), np.int32)
         shape = (rows, *(self.dims(kept)[d] for d in TAPS[kept.tap].dims if d != "T"))
-        means = [jnp.zeros(shape, jnp.float32) for _ in range(1 + (kept.reduce == "moments"))]
-        return (jnp.zeros(rows, jnp.float32), *means)
+        means = [np.zeros(shape, np.float32) for _ in range(1 + (kept.reduce == "moments"))]
+        return (np.zeros(rows, np.float32), *means)
 
     def pools(self, stage: Stage, rows: int) -> dict[str, Any]:
         """The empty pools of a stage."""

@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from grokscope.config import GrokConfig
@@ -41,8 +42,8 @@ class DecodeState:
 
     @classmethod
     def idle(cls, slots: int) -> "DecodeState":
-        zeros = jnp.zeros(slots, jnp.int32)
-        return cls(zeros, zeros.astype(jnp.float32), zeros, zeros.astype(bool))
+        zeros = np.zeros(slots, np.int32)  # nothing runs on one device alone between steps of several
+        return cls(zeros, zeros.astype(np.float32), zeros, zeros.astype(bool))
 
 
 def _embed(config: GrokConfig, stage: Stage, params, tokens: Int[Array, "B T"], start, live, pools, given):
@@ -180,6 +181,12 @@ written = jax.jit(_written, static_argnums=0, donate_argnums=1)
 def noted(targets: Int[Array, "B N"], state: DecodeState, column) -> Int[Array, "B N"]:
     """The token that each row draws next, in column `column`: one for all, or [B]."""
     return targets.at[jnp.arange(len(targets)), column].set(state.tokens)
+
+
+@jax.jit
+def at_columns(targets: Int[Array, "B N"], where: Int[Array, "B P"]) -> Int[Array, "B P"]:
+    """Some columns of each row."""
+    return jnp.take_along_axis(targets, where, axis=1)
 
 
 @jax.jit
