@@ -6,8 +6,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from grokscope.run import steps
-
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
@@ -24,8 +22,6 @@ def join_slurm() -> None:
             f"srun started several tasks, but {', '.join(missing)} is not set; start them with plain srun"
         )
     jax.distributed.initialize(initialization_timeout=300)
-    if jax.default_backend() == "cpu":
-        steps.one_at_a_time()
 
 
 def is_first() -> bool:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grokscope.config import GrokConfig
 from grokscope.model import transformer
-from grokscope.model.sharding import constrain, whole
+from grokscope.model.sharding import constrain, on_one_device, whole
 from grokscope.run.hooks import At, Stage, pieces, with_hooks
 from grokscope.run.sampling import Method, Sampling, choose
 
@@ -262,11 +262,13 @@ def seated_cache(
     return jax.tree.map(put, cache, prefilled)
 
 
+@functools.cache
 def one_at_a_time() -> None:
-    """From now on a step is waited for before the next is dispatched: for several processes on CPU.
+    """From now on a step on a mesh is waited for before the next is dispatched: for meshes of CPU devices.
 
-    Their collectives (gloo) have one channel for a set of devices, and two steps in flight may meet in each other's and
-    wait for ever; accelerators run steps in order.
+    Two steps in flight may wait for each other for ever: those of several processes because their collectives (gloo)
+    have one channel for a set of devices, those of virtual devices where threads are few; accelerators run steps in
+    order.
     """
     for name, step in list(globals().items()):
         if hasattr(step, "lower") and not isinstance(step, type):
@@ -274,4 +276,10 @@ def one_at_a_time() -> None:
 
 
 def _waited_for(step):
-    return functools.wraps(step)(lambda *args: jax.block_until_ready(step(*args)))
+    @functools.wraps(step)
+    def waited(*args):
+        found = step(*args)
+        return found if on_one_device() else jax.block_until_ready(found)
+
+    vars(waited).update(lower=step.lower)  # to be compiled without being called
+    return waited

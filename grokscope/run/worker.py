@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from grokscope.model import sharding
-from grokscope.run import engine, steps
+from grokscope.run import engine
 from grokscope.run.captures import Kept
 from grokscope.run.decode import Job, Run
 from grokscope.run.edits import Change
@@ -115,8 +115,6 @@ def address(host: str | None) -> str:
 def join(coordinator: str, num_processes: int, process: int, arguments: dict) -> bytes | None:
     """Joins the processes and loads the model; answers what was Loaded."""
     jax.distributed.initialize(coordinator, num_processes, process, initialization_timeout=120)
-    if jax.default_backend() == "cpu":
-        steps.one_at_a_time()
     return _answer(functools.partial(_load, arguments))
 
 
