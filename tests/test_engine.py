@@ -291,6 +291,23 @@ def test_ctrl_c_ends_a_loop_of_traces(grok, listening):
     assert i < 1999
 
 
+def test_ctrl_c_between_two_batches(grok, listening, monkeypatch):
+    """What is finished comes back, and the batch that was on its way."""
+    import _thread
+
+    made = grok._trace
+
+    def press(job, *args):
+        if job.row == 5:
+            _thread.interrupt_main()
+        return made(job, *args)
+
+    monkeypatch.setattr(grok, "_trace", press)
+    assert [t.meta["prompt"] for t in grok.trace([[5] * 20] * 64, capture=())] == list(range(32))
+    with pytest.raises(KeyboardInterrupt):
+        grok.trace([[5] * 20] * 8, capture=())  # all are finished: there is nothing that says so
+
+
 def test_a_loss_is_of_all_or_none(grok, monkeypatch):
     whole = grok.trace(["one", "two"], capture=())
     monkeypatch.setattr(grok, "trace", lambda *_, **__: whole[:1])

@@ -688,22 +688,30 @@ def on_host(tree):
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, so that no step is torn; it takes effect before the next step, or
-    layer of a batch of prompts. A second Ctrl-C interrupts at once. Other threads receive no Ctrl-C; a process that
-    ignores it, as one in the background of a shell does, goes on ignoring it."""
-    interrupted = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
+    """An event that Ctrl-C sets, so that no step is torn; it takes effect before the next step, or layer of a batch of
+    prompts. A second Ctrl-C interrupts at once. Inside of another, it is that one's event. Other threads receive no
+    Ctrl-C; a process that ignores it, as one in the background of a shell does, goes on ignoring it.
+    """
+    before, deferred = signal.getsignal(signal.SIGINT), _Deferred()
     if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield interrupted
-        return
+        yield deferred.interrupted
+    elif isinstance(before, _Deferred):
+        yield before.interrupted
+    else:
+        signal.signal(signal.SIGINT, deferred)
+        try:
+            yield deferred.interrupted
+        finally:
+            signal.signal(signal.SIGINT, before)
 
-    def handle(*_) -> None:
-        if interrupted.is_set():
+
+class _Deferred:
+    """A handler of Ctrl-C."""
+
+    def __init__(self):
+        self.interrupted = threading.Event()
+
+    def __call__(self, *_) -> None:
+        if self.interrupted.is_set():
             raise KeyboardInterrupt
-        interrupted.set()
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
+        self.interrupted.set()

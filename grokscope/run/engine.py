@@ -28,7 +28,7 @@ from grokscope.model.sharding import make_mesh
 from grokscope.run import captures, edits, steps
 from grokscope.run.captures import Wish
 from grokscope.run.compiled import keep_compiled
-from grokscope.run.decode import BATCH_SIZE, Job, Run, tokens_of_passes
+from grokscope.run.decode import BATCH_SIZE, Job, Run, deferred_interrupt, tokens_of_passes
 from grokscope.run.dump import Dump, Writer
 from grokscope.run.plan import Plan, as_bytes, priced, refuse_over
 from grokscope.run.processes import from_first, is_first, wait_for_all
@@ -513,8 +513,10 @@ class Grok:
     def _all(self, x: Prompts, limit: int, capture, sampling: dict, batch_size, ending, budget) -> Trace | list[Trace]:
         prompts, single = self._prompts(x, limit)
         prepared = self._prepared(prompts, limit, capture, sampling, batch_size, ending, budget)
-        traces = sorted(self._traces(prepared, ordered=False), key=lambda trace: trace.meta["prompt"])
-        if single and not traces:
+        with deferred_interrupt() as interrupted:  # or what is finished is lost where Ctrl-C comes between two turns
+            traces = sorted(self._traces(prepared, ordered=False), key=lambda trace: trace.meta["prompt"])
+        whole = len(traces) == len(prompts) and all(trace.meta["finish"] != "interrupt" for trace in traces)
+        if (single and not traces) or (whole and interrupted.is_set()):
             raise KeyboardInterrupt
         return traces[0] if single else traces
 
