@@ -388,6 +388,11 @@ def test_a_sweep_cut_short_gives_what_is_whole(made, monkeypatch):
     assert [[t.tokens.tolist() for t in of_variant] for of_variant in found] == [[[5, 6], [7, 8, 9]]]
 
 
+def test_a_sweep_of_one_prompt_says_so(made):
+    with pytest.raises(TypeError, match=r"a list of prompts; got one, \[5, 6\]"):
+        sweep(made, [5, 6], [[]])
+
+
 def test_a_sweep_goes_on(made, tmp_path, monkeypatch):
     """Stopped between two of its dumps, and called again: the same table, and nothing is run twice."""
     monkeypatch.setattr("grokscope.analysis.causal.VARIANTS", 5)

@@ -47,7 +47,8 @@ def sweep(
         with grok.edits(*changes):
             if directory is None:
                 found = grok.trace([*prompts] * len(chunk), capture=keep)
-                assert isinstance(found, list)
+                if not isinstance(found, list):
+                    raise TypeError(f"a sweep takes a list of prompts; got one, {prompts!r:.60}")
                 traces = [trace for i, trace in enumerate(found) if trace.meta["prompt"] == i]  # up to the first gap
             else:
                 traces = [
