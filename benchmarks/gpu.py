@@ -21,7 +21,7 @@ from released import released_experts
 from grokscope.checkpoint.weights import described
 from grokscope.config import GROK_1, GrokConfig
 from grokscope.model.params import LAYER_PARAMS
-from grokscope.model.transformer import KVCache
+from grokscope.model.transformer import KVCache, Positions
 from grokscope.run import steps
 from grokscope.run.hooks import PLAIN, Given
 from grokscope.run.steps import DecodeState
@@ -83,11 +83,12 @@ def decode(config: GrokConfig, layers: list[dict], batch: int, length: int) -> t
     state = dataclasses.replace(state, positions=jnp.full(batch, length - 1))
     caches = [KVCache.zeros(config, batch, length, BF16) for _ in layers]
     x = jax.random.normal(jax.random.key(1), (batch, 1, config.emb_size), BF16)
+    at = Positions.of(config, state.positions, 1)
 
     def step():
         y = x
         for i, params in enumerate(layers):
-            y, caches[i], _ = steps.decode_layer(config, PLAIN, params, y, caches[i], state, {}, Given(), 0)
+            y, caches[i], _ = steps.decode_layer(config, PLAIN, params, y, caches[i], at, state, {}, Given(), 0)
         return y
 
     experts = min(config.num_experts, batch * config.num_selected_experts)
@@ -100,14 +101,14 @@ def prefill(config: GrokConfig, layers: list[dict], tokens: int) -> tuple[float,
     """Seconds a layer of a prompt, in blocks of 512, and its useful operations."""
     block = min(512, tokens)
     xs = [jax.random.normal(jax.random.key(i), (1, block, config.emb_size), BF16) for i in range(tokens // block)]
+    places = [Positions.of(config, jnp.array([i * block]), block) for i in range(len(xs))]
     ids, live = np.zeros((1, block), np.int32), np.ones((1, block), bool)
 
     def run():
         for params in layers:
             cache, out = KVCache.zeros(config, 1, tokens, BF16), []
-            for i, x in enumerate(xs):
-                start = np.array([i * block], np.int32)
-                y, cache, _ = steps.layer(config, PLAIN, params, x, cache, start, ids, live, {}, Given())
+            for x, at in zip(xs, places, strict=True):
+                y, cache, _ = steps.layer(config, PLAIN, params, x, cache, at, ids, live, {}, Given())
                 out.append(y)
         return out
 

@@ -12,7 +12,7 @@ from grokscope.checkpoint.weights import Reader, load
 from grokscope.config import GrokConfig
 from grokscope.model import transformer
 from grokscope.model.quant import QuantizedWeight
-from grokscope.model.transformer import ExpertList, KVCache
+from grokscope.model.transformer import ExpertList, KVCache, Positions
 
 
 def dequantized(w: QuantizedWeight, dtype) -> jax.Array:
@@ -33,12 +33,13 @@ def released_experts(x, chosen, gates, gate, up, down) -> jax.Array:
 
 
 def _layer(config: GrokConfig, params, x, cache: KVCache, start):
+    positions = Positions.of(config, start, x.shape[1])
     wide = {
         module: {n: dequantized(w, x.dtype) if isinstance(w, QuantizedWeight) else w for n, w in own.items()}
         for module, own in params.items()
         if module != "layer/experts"
     }
-    routed, cache = transformer.attend_and_route(config, wide, x, cache, start)
+    routed, cache = transformer.attend_and_route(config, wide, x, cache, positions)
     flat = [a.reshape(-1, a.shape[-1]) for a in (routed.normed, routed.chosen, routed.gates)]
     experts: dict[str, ExpertList] = params["layer/experts"]
     out = released_experts(*flat, *(experts[name].experts for name in ("gate", "up", "down")))

@@ -32,6 +32,7 @@ from grokscope.checkpoint import ckpt0, weights
 from grokscope.config import GrokConfig
 from grokscope.model import sharding, transformer
 from grokscope.model.params import PARAMS
+from grokscope.model.transformer import Positions
 
 MATRICES = {(p.module, p.name) for p in PARAMS if p.groups is not None}
 EMBEDDING = ("embedding", "w")
@@ -140,10 +141,11 @@ def losses(config: GrokConfig, params: dict, tokens: jax.Array, dtype) -> dict[s
     when even), "router_z" (mean squared log-sum-exp of router logits), "share" [L, E] (each expert's part)."""
     params = _cast(params, dtype)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    start, live = jnp.zeros(len(tokens), jnp.int32), jnp.ones(inputs.shape, bool)
+    positions = Positions.of(config, jnp.zeros(len(tokens), jnp.int32), inputs.shape[1])
+    live = jnp.ones(inputs.shape, bool)
 
     def step(x, layer_params):
-        x, _, routed = transformer.layer(config, layer_params, x, None, start, live)
+        x, _, routed = transformer.layer(config, layer_params, x, None, positions, live)
         share = jnp.mean(jax.nn.one_hot(routed.chosen, config.num_experts), axis=(0, 1, 2))
         probability = jnp.mean(jax.nn.softmax(routed.logits), axis=(0, 1))
         balance = config.num_experts * jnp.sum(share * probability)

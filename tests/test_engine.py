@@ -385,6 +385,7 @@ def test_display_says_the_numerics(grok):
 def test_without_captures_the_plain_model_is_compiled(grok):
     """The jaxpr of a step with no taps is that of the network itself; with taps it is not."""
     import jax
+    import jax.numpy as jnp
 
     from grokscope.model import transformer
     from grokscope.run import hooks, steps
@@ -392,15 +393,16 @@ def test_without_captures_the_plain_model_is_compiled(grok):
     params = grok._weights.layers[0]
     x = np.zeros((1, 4, grok.config.emb_size), np.float32)
     cache = transformer.KVCache.zeros(grok.config, 1, 32, np.float32)
-    start, tokens, live = np.zeros(1, np.int32), np.zeros((1, 4), np.int32), np.ones((1, 4), bool)
+    positions = transformer.Positions.of(grok.config, jnp.zeros(1, jnp.int32), 4)
+    tokens, live = np.zeros((1, 4), np.int32), np.ones((1, 4), bool)
 
-    def layer(params, x, cache, start, tokens, live):
-        return transformer.layer(grok.config, params, x, cache, start, live)[:2]
+    def layer(params, x, cache, positions, tokens, live):
+        return transformer.layer(grok.config, params, x, cache, positions, live)[:2]
 
     def step(stage, given):
         return jax.make_jaxpr(lambda *a: steps._layer(grok.config, stage, *a, {}, given))(*arguments)
 
-    arguments = (params, x, cache, start, tokens, live)
+    arguments = (params, x, cache, positions, tokens, live)
     plain = jax.make_jaxpr(layer)(*arguments)
     assert str(step(hooks.PLAIN, hooks.Given())) == str(plain)
     looking = hooks.stage((hooks.CaptureKind("attn_pattern", "attn_pattern", ("attn_pattern",)),))

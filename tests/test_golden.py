@@ -24,8 +24,9 @@ def decoded(grok, ids, prompt_length):
     found = []
     for begin, end in [(0, prompt_length), *((i, i + 1) for i in range(prompt_length, len(ids)))]:
         tokens = np.array([ids[begin:end]], np.int32)
-        at, bare = (np.array([begin], np.int32), tokens, np.ones((1, end - begin), bool)), ({}, Given())
-        x, _ = steps.embed(config, PLAIN, weights.ends, tokens, at[0], at[2], *bare)
+        start, live, bare = np.array([begin], np.int32), np.ones(tokens.shape, bool), ({}, Given())
+        x, positions, _ = steps.embed(config, PLAIN, weights.ends, tokens, start, live, *bare)
+        at = (positions, tokens, live)
         for i, params in enumerate(weights.layers):
             x, caches[i], _ = steps.layer(config, PLAIN, params, x, caches[i], *at, *bare)
         looking = stage((CaptureKind("logits", "logits", ("logits",)),))

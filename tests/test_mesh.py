@@ -135,11 +135,15 @@ def test_activations_travel_and_weights_do_not(tmp_path, mesh, rows, monkeypatch
     with sharding.on(weights.mesh):
         state, cache = DecodeState.idle(slots), KVCache.zeros(config, slots, 64, np.float32)
         at = (state.positions, state.tokens[:, None], state.live[:, None])
-        x, _ = steps.embed(config, PLAIN, weights.ends, at[1], at[0], at[2], {}, Given())
-        layer = steps.decode_layer.lower(config, PLAIN, weights.layers[0], x, cache, state, {}, Given(), 0).compile()
+        x, positions, _ = steps.embed(config, PLAIN, weights.ends, at[1], at[0], at[2], {}, Given())
+        at = (positions, *at[1:])
+        layer = steps.decode_layer.lower(
+            config, PLAIN, weights.layers[0], x, cache, positions, state, {}, Given(), 0
+        ).compile()
         prompt, live = np.zeros((1, 512), np.int32), np.ones((1, 512), bool)
-        place, long = (np.zeros(1, np.int32), prompt, live), KVCache.zeros(config, 1, 1024, np.float32)
-        y, _ = steps.embed(config, PLAIN, weights.ends, prompt, place[0], live, {}, Given())
+        start, long = np.zeros(1, np.int32), KVCache.zeros(config, 1, 1024, np.float32)
+        y, positions, _ = steps.embed(config, PLAIN, weights.ends, prompt, start, live, {}, Given())
+        place = (positions, prompt, live)
         prefill = steps.layer.lower(config, PLAIN, weights.layers[0], y, long, *place, {}, Given()).compile()
         score = steps.score.lower(config, PLAIN, weights.ends, x, at[1], *at, {}, Given()).compile()
         of_prompt = steps.score.lower(config, PLAIN, weights.ends, y, prompt, *place, {}, Given()).compile()

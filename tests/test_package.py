@@ -68,7 +68,8 @@ def test_every_tap_is_met_once():
     everything = Everything()
     with observed(everything):
         x = transformer.embed(config, ends, jnp.zeros((1, 3), jnp.int32))
-        x = transformer.layer(config, layers[0], x, None, jnp.zeros(1, jnp.int32), jnp.ones((1, 3), bool))[0]
+        positions = transformer.Positions.of(config, jnp.zeros(1, jnp.int32), 3)
+        x = transformer.layer(config, layers[0], x, None, positions, jnp.ones((1, 3), bool))[0]
         transformer.unembed(config, ends, x)
     assert sorted(everything.seen) == sorted(gs.TAPS)
 

@@ -31,6 +31,7 @@ ATTENTION_CAP = 30.0
 MASKED = -1e30
 AT_ONCE = 1 << 20  # attention scores or logits, unless somebody looks at them: 4 MB, which stay in a cache
 MIN_BLOCK = 64  # positions, however many that makes
+MIN_OWN = 128  # queries of a block that read only what is before them
 KEYS = 256  # of a long cache, read at a time; its length is a power of two (run.decode.cache_length)
 NORM_EPS = 1e-5
 ROTARY_BASE = 10000.0
@@ -135,14 +136,31 @@ class RMSNorm(Module):
         return (wide * inverse * self.weight("scale")).astype(x.dtype)
 
 
-def rotate(x: Float[Array, "B T N C"], positions: Int[Array, "B T"]) -> Float[Array, "B T N C"]:
-    """Rotary embedding over the whole head, half-split: channel c turns with channel c + C/2. Angles in float32."""
-    half = x.shape[-1] // 2
-    frequencies = ROTARY_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+class Positions(NamedTuple):
+    """Where the tokens of a block stand, and by what angles their queries and keys turn there (float32).
+
+    Made before the first layer, for all of them: inside a layer, XLA on CPU computes the sine and cosine of each
+    position anew for every head.
+    """
+
+    index: jax.Array  # int32 [B, T]
+    cos: jax.Array  # [B, T, 1, C / 2]
+    sin: jax.Array
+
+    @classmethod
+    def of(cls, config: GrokConfig, start: Int[Array, " B"], length: int) -> "Positions":
+        """start .. start + T of each row."""
+        half = config.key_size // 2
+        index = start[:, None] + jnp.arange(length)
+        frequencies = ROTARY_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        angles = index[..., None, None].astype(jnp.float32) * frequencies
+        return cls(constrain(index, "BT"), constrain(jnp.cos(angles), "BTHC"), constrain(jnp.sin(angles), "BTHC"))
+
+    def rotate(self, x: Float[Array, "B T N C"]) -> Float[Array, "B T N C"]:
+        """Rotary embedding over the whole head, half-split: channel c turns with channel c + C/2."""
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        turned = first * self.cos - second * self.sin, second * self.cos + first * self.sin
+        return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def in_parts(fn, each: int, *args: Array) -> Array:
@@ -160,24 +178,23 @@ class Attention(Module):
     """Grouped-query attention: query head h reads key-value head h // (H / G)."""
 
     def __call__(
-        self, x: Float[Array, "B T D"], cache: KVCache | None, start: Int[Array, " B"]
+        self, x: Float[Array, "B T D"], cache: KVCache | None, positions: Positions
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """x holds positions start .. start + T; without a cache they attend to one another only."""
+        """x holds these positions; without a cache they attend to one another only."""
         batch, length, _ = x.shape
         heads, groups, channels = self.config.num_q_heads, self.config.num_kv_heads, self.config.key_size
-        positions = start[:, None] + jnp.arange(length)
 
         q = constrain(matmul(x, self.weight("query")).reshape(batch, length, heads, channels), "BTHC")
         k = constrain(matmul(x, self.weight("key")).reshape(batch, length, groups, channels), "BTGC")
         v = constrain(matmul(x, self.weight("value")).reshape(batch, length, groups, channels), "BTGC")
-        q, k, v = tap("q", rotate(q, positions)), tap("k", rotate(k, positions)), tap("v", v)
+        q, k, v = tap("q", positions.rotate(q)), tap("k", positions.rotate(k)), tap("v", v)
         if cache is not None:
-            cache = cache.write(k, v, start)
+            cache = cache.write(k, v, positions.index[:, 0])
         k, v = cache.of_each(batch) if cache is not None else (by_group(k), by_group(v))
         if heads % axis_size("model") == 0 and groups % axis_size("model"):  # each device takes the one it reads
             copies = math.lcm(groups, axis_size("model")) // groups
             k, v = (constrain(jnp.repeat(a, copies, axis=1), "BGSC") for a in (k, v))
-        z = tap("attn_z", self.read(q, k, v, positions, cached=cache is not None))
+        z = tap("attn_z", self.read(q, k, v, positions.index))
         return constrain(matmul(z.reshape(batch, length, heads * channels), self.weight("out")), "BTD"), cache
 
     def read(
@@ -186,7 +203,6 @@ class Attention(Module):
         k: Float[Array, "B G S C"],
         v: Float[Array, "B G S C"],
         positions: Int[Array, "B T"],
-        cached: bool,
     ) -> Float[Array, "B T H C"]:
         """What each head reads for the queries at these positions.
 
@@ -195,15 +211,30 @@ class Attention(Module):
         """
         if watched("attn_scores", "attn_pattern"):
             return self.read_whole(q, k, v, positions)
-        if not cached or q.shape[1] == 1 or k.shape[2] <= 2 * KEYS:
-            each = q.shape[2] * k.shape[2]
-            return in_parts(lambda q, at: self.read_whole(q, k, v, at), each, q, positions)
+        if q.shape[1] == k.shape[2]:
+            return self.read_own(q, k, v, positions)
+        if q.shape[1] == 1 or k.shape[2] <= 2 * KEYS:
+            return self.read_together(q, k, v, positions)
 
         def run(q, k, v, positions):
             return in_parts(lambda q, at: self.read_seen(q, k, v, at), q.shape[2] * KEYS, q, positions)
 
         of_q, of_k = spec("BTHC", q.shape), spec("BGSC", k.shape)
         return per_shard(run, (of_q, of_k, of_k, PartitionSpec(of_q[0])), of_q)(q, k, v, positions)
+
+    def read_own(self, q, k, v, positions) -> Float[Array, "B T H C"]:
+        """As `read`, of a block from position 0 on, which is all that there is: each part of it reads no further than
+        itself, 5/8 of the whole.
+        """
+        length = q.shape[1]
+        size = max(length // 4, MIN_OWN)
+        parts = [(slice(begin, begin + size), slice(begin + size)) for begin in range(0, length, size)]
+        own = [self.read_together(q[:, at], k[:, :, seen], v[:, :, seen], positions[:, at]) for at, seen in parts]
+        return jnp.concatenate(own, axis=1)
+
+    def read_together(self, q, k, v, positions) -> Float[Array, "B T H C"]:
+        """As `read_whole`, as many queries at a time as stay in a cache."""
+        return in_parts(lambda q, at: self.read_whole(q, k, v, at), q.shape[2] * k.shape[2], q, positions)
 
     def read_whole(self, q, k, v, positions) -> Float[Array, "B T H C"]:
         """As `read`, all keys at once."""
@@ -440,10 +471,10 @@ class DecoderLayer(Module):
     """Attention and experts, each between two norms; in three pieces, so that streamed experts follow the routing."""
 
     @hk.name_like("__call__")
-    def attend_and_route(self, x, cache: KVCache | None, start) -> tuple[Routed, KVCache | None]:
+    def attend_and_route(self, x, cache: KVCache | None, positions: Positions) -> tuple[Routed, KVCache | None]:
         x = tap("resid_pre", x)
         attended, cache = Attention(self.config, "attention")(
-            RMSNorm(self.config, "pre_attention_norm")(x), cache, start
+            RMSNorm(self.config, "pre_attention_norm")(x), cache, positions
         )
         delta = RMSNorm(self.config, "post_attention_norm")(tap("attn_out", attended))
         x = tap("resid_mid", x + tap("attn_delta", delta))
@@ -499,9 +530,9 @@ run_experts = _pure(lambda config, *inputs: DecoderLayer(config, "layer").run_ex
 add_experts = _pure(lambda config, *inputs: DecoderLayer(config, "layer").add_experts(*inputs))
 
 
-def layer(config: GrokConfig, params: Params, x, cache: KVCache | None, start, live):
+def layer(config: GrokConfig, params: Params, x, cache: KVCache | None, positions: Positions, live):
     """The three pieces in one: stream [B, T, D], cache, routing."""
-    routed, cache = attend_and_route(config, params, x, cache, start)
+    routed, cache = attend_and_route(config, params, x, cache, positions)
     return add_experts(config, params, routed, run_experts(config, params, routed, live)), cache, routed
 
 
@@ -527,7 +558,7 @@ def initial_params(config: GrokConfig, key: jax.Array) -> tuple[Params, list[Par
 
     def whole(x):
         block = DecoderLayer(config, "layer")
-        routed, _ = block.attend_and_route(x, None, jnp.zeros(1, jnp.int32))
+        routed, _ = block.attend_and_route(x, None, Positions.of(config, jnp.zeros(1, jnp.int32), 1))
         return block.add_experts(routed, block.run_experts(routed, jnp.ones((1, 1), bool)))
 
     one = hk.transform(whole)

@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh, Mesh
 from grokscope.checkpoint.weights import Streamed, Weights
 from grokscope.config import GrokConfig
 from grokscope.model.sharding import on, replicated
-from grokscope.model.transformer import MASKED, KVCache
+from grokscope.model.transformer import MASKED, KVCache, Positions
 from grokscope.run import steps
 from grokscope.run.captures import Kept
 from grokscope.run.hooks import CaptureKind, Stage
@@ -103,7 +103,8 @@ class _Pass:
     Attributes:
       jobs: of the rows, but for the idle ones.
       rows, lengths: numbers of the prompts, None for the idle ones, and their lengths.
-      at: (start, tokens, live) of each block, which are padded.
+      tokens, live: [rows, positions], padded; blocks: (first position, length) of each.
+      at: (positions, tokens, live) of each block that is embedded.
       cache_length, hooked: positions of their caches; their hooks.
       landings: their captures; None for a prompt that is only there because it was when the call began.
       xs, scored: the stream of each block, and the log-probabilities of its tokens.
@@ -114,27 +115,24 @@ class _Pass:
 
     def __init__(self, jobs: list[Job], wanted: set[Job], hooks: Hooks, dtype):
         of_blocks = block_lengths(max(len(job.prompt) for job in jobs))
-        blocks = [(sum(of_blocks[:i]), length) for i, length in enumerate(of_blocks)]
+        self.blocks = [(sum(of_blocks[:i]), length) for i, length in enumerate(of_blocks)]
         idle = num_rows(len(jobs)) - len(jobs)
         self.jobs = jobs
         self.rows: list[int | None] = [*(job.row for job in jobs), *[None] * idle]
         self.lengths = np.array([*(len(job.prompt) for job in jobs), *[0] * idle], np.int32)
-        padded = np.zeros((len(self.rows), sum(of_blocks)), np.int32)
-        live = np.arange(padded.shape[1]) < self.lengths[:, None]
-        padded[live] = np.concatenate([job.prompt for job in jobs])
-        self.at = [
-            (np.full(len(padded), begin, np.int32), padded[:, begin : begin + length], live[:, begin : begin + length])
-            for begin, length in blocks
-        ]
-        self.cache_length = cache_length(padded.shape[1])
+        self.tokens = np.zeros((len(self.rows), sum(of_blocks)), np.int32)
+        self.live = np.arange(self.tokens.shape[1]) < self.lengths[:, None]
+        self.tokens[self.live] = np.concatenate([job.prompt for job in jobs])
+        self.at: list[tuple[Positions, np.ndarray, np.ndarray]] = []
+        self.cache_length = cache_length(self.tokens.shape[1])
         self.hooked = hooks.prefill(self.rows, self.cache_length)
         self.landings = [
-            Landing(hooks, job.row, self.hooked.cut, blocks, dtype) if job in wanted else None for job in jobs
+            Landing(hooks, job.row, self.hooked.cut, self.blocks, dtype) if job in wanted else None for job in jobs
         ]
         self.xs: list[jax.Array] = []
         self.scored: list[jax.Array] = []
         self.caches: list[KVCache] = []
-        self.lenses: list[list[tuple[CaptureKind, Place, jax.Array]]] = [[] for _ in blocks]
+        self.lenses: list[list[tuple[CaptureKind, Place, jax.Array]]] = [[] for _ in self.blocks]
         self.pools: list[dict] = []
 
 
@@ -318,7 +316,7 @@ class Run:
             run_layer(self.config, self.weights, layer, works)
             for one, work in zip(passes, works, strict=True):
                 one.pools.append(work.pools)
-                for block in range(len(one.at)):
+                for block in range(len(one.blocks)):
                     self._send(one, block, layer, work.captures[block])
                 work.captures = []  # or they would be held while the next layer runs
                 if one.jobs[0].limit:
@@ -328,11 +326,16 @@ class Run:
     def _embed(self, one: _Pass) -> None:
         stage, given = one.hooked.embed
         pools = self.hooks.pools(stage, len(one.rows))
-        for i, (start, tokens, live) in enumerate(one.at):
-            x, captured = steps.embed(self.config, stage, self.weights.ends, tokens, start, live, pools, given)
+        for i, (begin, length) in enumerate(one.blocks):
+            block, start = slice(begin, begin + length), np.full(len(one.rows), begin, np.int32)
+            tokens, live = one.tokens[:, block], one.live[:, block]
+            x, positions, captured = steps.embed(
+                self.config, stage, self.weights.ends, tokens, start, live, pools, given
+            )
             pools, captured = split(stage, captured)
             self._send(one, i, "embed", captured)
             one.xs.append(x)
+            one.at.append((positions, tokens, live))
         one.pools = [pools]
 
     def _work(self, one: _Pass, layer: int) -> Work:
@@ -344,14 +347,15 @@ class Run:
     def _score(self, one: _Pass) -> DecodeState | None:
         stage, given = one.hooked.head
         first, last = self._first(one) if one.jobs[0].limit else (None, None)
-        following = np.full((len(one.rows), sum(tokens.shape[1] for _, tokens, _ in one.at)), -1, np.int32)
+        following = np.full(one.tokens.shape, -1, np.int32)
         for row, own in enumerate(one.jobs):
             following[row, : len(own.prompt) - 1] = own.prompt[1:]
         pools = self.hooks.pools(stage, len(one.rows))
-        for i, (x, (start, tokens, live)) in enumerate(zip(one.xs, one.at, strict=True)):
-            targets = following[:, start[0] : start[0] + tokens.shape[1]]
-            at = (start, tokens, live, pools, given)
-            logprobs, captured = steps.score(self.config, stage, self.weights.ends, x, np.maximum(targets, 0), *at)
+        for i, (x, at, (begin, length)) in enumerate(zip(one.xs, one.at, one.blocks, strict=True)):
+            targets = following[:, begin : begin + length]
+            logprobs, captured = steps.score(
+                self.config, stage, self.weights.ends, x, np.maximum(targets, 0), *at, pools, given
+            )
             pools, captured = split(stage, captured)
             self._send(one, i, "head", captured)
             one.scored.append(to_host(logprobs))
@@ -360,11 +364,11 @@ class Run:
             for kind, place, value in one.lenses[i]:
                 after = targets
                 if kind.positions:
-                    inside = self.hooks.padded_positions(kind.key, one.rows) - start[0]
+                    inside = self.hooks.padded_positions(kind.key, one.rows) - begin
                     after = steps.at_columns(targets, np.clip(inside, 0, targets.shape[1] - 1))
                 self.transfers.send(one.landings, i, place, self._read(kind, value, after))
         one.pools.append(pools)
-        one.xs, one.lenses = [], []  # it waits for its captures, without what only the layers needed
+        one.xs, one.at, one.lenses = [], [], []  # it waits for its captures, without what only the layers needed
         return first
 
     def _send(self, one: _Pass, block: int, place: Place, captured: list[Captured]) -> None:
@@ -385,7 +389,7 @@ class Run:
         sampling = jax.tree.map(lambda a: a[[row or 0 for row in one.rows]], self.sampling)
         positions = np.maximum(one.lengths - 1, 0)
         state = dataclasses.replace(DecodeState.idle(len(one.rows)), positions=positions, live=one.lengths > 0)
-        last = np.maximum(positions - one.at[-1][0], 0)
+        last = np.maximum(positions - one.blocks[-1][0], 0)
         (stage, given), x = one.hooked.draw, steps.at_positions(one.xs[-1], last)
         args = (self.method, self.weights.ends, x, state, sampling, {}, given, 0)
         return steps.readout(self.config, stage, *args)[0], last
@@ -433,14 +437,16 @@ class Run:
         """Dispatches the forward pass of every slot's token, and the draw of the next one."""
         config, state, ends, column = self.config, self.state, self.weights.ends, self.step % COLUMNS
         stage, given = self.hooked.embed
-        x, self.embed_buffers = steps.decode_embed(config, stage, ends, state, self.embed_buffers, given, column)
+        x, positions, self.embed_buffers = steps.decode_embed(
+            config, stage, ends, state, self.embed_buffers, given, column
+        )
         for i, (stage, given) in enumerate(self.hooked.layers):
             if self.streamed:
-                x = self._streamed_step(i, x, column)
+                x = self._streamed_step(i, x, positions, column)
                 continue
             buffers = self.layer_buffers[i] | {key: self.spares[key] for key in self.shared[i]}
             x, self.caches[i], buffers = steps.decode_layer(
-                config, stage, self.weights.layers[i], x, self.caches[i], state, buffers, given, column
+                config, stage, self.weights.layers[i], x, self.caches[i], positions, state, buffers, given, column
             )
             self.spares |= {key: buffers.pop(key) for key in self.shared[i]}
             self.layer_buffers[i] = buffers
@@ -455,10 +461,10 @@ class Run:
         if self.step % COLUMNS == 0 and self.captures_decode:
             self._flush()
 
-    def _streamed_step(self, layer: int, x: jax.Array, column: int) -> jax.Array:
+    def _streamed_step(self, layer: int, x: jax.Array, positions: Positions, column: int) -> jax.Array:
         """`decode_layer` in the pieces that streamed weights take."""
         (stage, given), state, buffers = self.hooked.layers[layer], self.state, self.layer_buffers[layer]
-        at = (state.positions, state.tokens[:, None], state.live[:, None])
+        at = (positions, state.tokens[:, None], state.live[:, None])
         pools = {kind.key: buffers.pop(kind.key) for kind in stage.captures if kind.pooled}
         work = Work(stage, given, [at], [x], self.caches[layer], pools, [[]])
         run_layer(self.config, self.weights, layer, [work])

@@ -15,6 +15,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
@@ -23,7 +24,7 @@ from grokscope.checkpoint.weights import described, device_bytes, stored_bytes
 from grokscope.config import GrokConfig
 from grokscope.model.params import GLOBAL_PARAMS, LAYER_PARAMS
 from grokscope.model.sharding import make_mesh, meshes, on, placed
-from grokscope.model.transformer import KVCache
+from grokscope.model.transformer import KVCache, Positions
 from grokscope.run import captures, steps
 from grokscope.run.compiled import keep_compiled
 from grokscope.run.decode import batches, block_lengths, cache_length, num_rows, shapes
@@ -104,6 +105,7 @@ def _fit(config, mesh: str, temporaries: int, context: int, batch: int, capture,
     ]
     positions = rows * sum(block_lengths(context - 1))
     stream = 2 * positions * config.emb_size * np.dtype(numerics).itemsize  # into a layer, and out
+    stream += positions * 4 * (1 + config.key_size)  # and where it stands
     hooks = Hooks(config, captures.resolve(capture, config), (), sequences)
     of_captures = priced(hooks, batch, numerics, devices, streamed=False).total["device"]
     cache = 2 * config.num_layers * device_bytes(caches)
@@ -157,19 +159,27 @@ def temporaries(config: GrokConfig, mesh: str, context: int, batch: int, numeric
         one = array(KVCache.dims(shape), shape)
         return KVCache(one, one)
 
+    def places(rows: int, length: int) -> Positions:
+        made = jax.eval_shape(lambda: Positions.of(config, jnp.zeros(rows, jnp.int32), length))
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed(devices, "BTHC"[: a.ndim], a.shape)), made
+        )
+
     tokens = np.zeros((prefilled, block_lengths(context - 1)[0]), np.int32)
     whole = NamedSharding(devices, PartitionSpec())
     as_whole = functools.partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole))
     state = as_whole(jax.eval_shape(lambda: DecodeState.idle(slots)))
     greedy = Sampling.rows(slots, config.vocab_size, temperature=0.0, top_p=1.0, top_k=None, seed=0)
     method, rows = greedy.method(config.vocab_size), as_whole(greedy)
-    at = (np.zeros(prefilled, np.int32), tokens, np.ones(tokens.shape, bool), {}, Given())
+    at = (places(*tokens.shape), tokens, np.ones(tokens.shape, bool), {}, Given())
     x, step = array("BTD", (*tokens.shape, config.emb_size)), array("BTD", (slots, 1, config.emb_size))
     layer, ends = params(LAYER_PARAMS), params(GLOBAL_PARAMS)
     with on(devices):
         compiled = [
             steps.layer.lower(config, PLAIN, layer, x, cache(prefilled, cache_length(context - 1)), *at),
-            steps.decode_layer.lower(config, PLAIN, layer, step, cache(slots, length), state, {}, Given(), 0),
+            steps.decode_layer.lower(
+                config, PLAIN, layer, step, cache(slots, length), places(slots, 1), state, {}, Given(), 0
+            ),
             steps.score.lower(config, PLAIN, ends, x, at[1], *at),
             steps.readout.lower(config, PLAIN, method, ends, step, state, rows, {}, Given(), 0),
         ]

@@ -25,7 +25,7 @@ class Work:
 
     Attributes:
       stage, given: its hooks at this layer.
-      at: (start, tokens, live) of each block.
+      at: (positions, tokens, live) of each block.
       xs: the stream of each block, before the layer and then behind it.
       cache: of this layer.
       pools: captures reduced over positions, gone on with.

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grokscope.config import GrokConfig
 from grokscope.model import transformer
 from grokscope.model.sharding import constrain, on_one_device, whole
+from grokscope.model.transformer import KVCache, Positions
 from grokscope.run.hooks import At, Stage, pieces, with_hooks
 from grokscope.run.sampling import Method, Sampling, choose
 
@@ -47,49 +48,46 @@ class DecodeState:
 
 
 def _embed(config: GrokConfig, stage: Stage, params, tokens: Int[Array, "B T"], start, live, pools, given):
-    """Stream [B, T, D] before the first layer, and captures."""
-    at = _at(stage, start, tokens, live)
-    return with_hooks(transformer.embed, stage)(given, pools, at, config, params, tokens)
+    """Stream [B, T, D] before the first layer, its positions start [B] and on, and captures."""
+    positions = Positions.of(config, start, tokens.shape[1])
+    at = At(positions.index, tokens, live)
+    x, captured = with_hooks(transformer.embed, stage)(given, pools, at, config, params, tokens)
+    return x, positions, captured
 
 
-def _attend(config: GrokConfig, stage: Stage, params, x, cache, start, tokens, live, pools, given):
-    """A layer up to its routing, over a block x [B, T, D] from positions start [B] on; tokens, live [B, T].
+def _attend(config: GrokConfig, stage: Stage, params, x, cache, positions: Positions, tokens, live, pools, given):
+    """A layer up to its routing, over a block x [B, T, D]; tokens, live [B, T].
 
     What the experts need (Routed), cache, captures.
     """
-    at = _at(stage, start, tokens, live)
+    at = At(positions.index, tokens, live)
     run = with_hooks(transformer.attend_and_route, stage)
-    (routed, cache), captured = run(given, pools, at, config, params, x, cache, start)
+    (routed, cache), captured = run(given, pools, at, config, params, x, cache, positions)
     return routed, cache, captured
 
 
-def _experts(config: GrokConfig, stage: Stage, params, routed, start, tokens, live, pools, given):
+def _experts(config: GrokConfig, stage: Stage, params, routed, positions, tokens, live, pools, given):
     """Outputs of the chosen experts [P, B, T, K, D], in parts, and captures."""
     run = with_hooks(transformer.run_experts, stage)
-    at = _at(stage, start, tokens, live)
+    at = At(positions.index, tokens, live)
     return run(given, pools, at, config, params, routed, live, chosen=routed.chosen)
 
 
-def _add(config: GrokConfig, stage: Stage, params, routed, parts, start, tokens, live, pools, given):
+def _add(config: GrokConfig, stage: Stage, params, routed, parts, positions, tokens, live, pools, given):
     """Stream [B, T, D] after the layer, and captures."""
     run = with_hooks(transformer.add_experts, stage)
-    at = _at(stage, start, tokens, live)
+    at = At(positions.index, tokens, live)
     return run(given, pools, at, config, params, routed, parts, chosen=routed.chosen)
 
 
-def _layer(config: GrokConfig, stage: Stage, params, x, cache, start, tokens, live, pools, given):
+def _layer(config: GrokConfig, stage: Stage, params, x, cache, positions, tokens, live, pools, given):
     """One layer over a block: stream, cache, captures."""
-    place = (start, tokens, live, pools)
+    place = (positions, tokens, live, pools)
     (first, given_first), (second, given_second), (third, given_third) = pieces(stage, given)
     routed, cache, captured = _attend(config, first, params, x, cache, *place, given_first)
     parts, inside = _experts(config, second, params, routed, *place, given_second)
     x, behind = _add(config, third, params, routed, parts, *place, given_third)
     return x, cache, captured | inside | behind
-
-
-def _at(stage: Stage, start: Int[Array, " B"], tokens: Int[Array, "B T"], live: Bool[Array, "B T"]) -> At | None:
-    """Where hooks stand; nothing is computed where there are none."""
-    return At(start[:, None] + jnp.arange(tokens.shape[1]), tokens, live) if stage else None
 
 
 embed = jax.jit(_embed, static_argnums=(0, 1))
@@ -108,9 +106,11 @@ def some_experts(config: GrokConfig, params, routed, live, which: Bool[Array, " 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def score(config: GrokConfig, stage: Stage, params, x, following: Int[Array, "B T"], start, tokens, live, pools, given):
+def score(
+    config: GrokConfig, stage: Stage, params, x, following: Int[Array, "B T"], positions, tokens, live, pools, given
+):
     """Log-probability [B, T] of each position's next token, and captures."""
-    at = _at(stage, start, tokens, live)
+    at = At(positions.index, tokens, live)
     found, captured = with_hooks(transformer.next_logprobs, stage)(given, pools, at, config, params, x, following)
     return whole(found), captured
 
@@ -126,10 +126,12 @@ def lens(config: GrokConfig, k: int, params, x: Float[Array, "B T D"], following
     return best.astype(jnp.int32), logprobs, jnp.where(following < 0, -1, rank)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 6))
-def decode_layer(config: GrokConfig, stage: Stage, params, x, cache, state: DecodeState, buffers, given, column):
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 7))
+def decode_layer(
+    config: GrokConfig, stage: Stage, params, x, cache, positions, state: DecodeState, buffers, given, column
+):
     """`layer` for the one position [B, 1, D] of each slot; captures go into column `column` of the buffers."""
-    at = (state.positions, state.tokens[:, None], state.live[:, None])
+    at = (positions, state.tokens[:, None], state.live[:, None])
     x, cache, captured = _layer(config, stage, params, x, cache, *at, buffers, given)
     return x, cache, _written(stage, buffers, captured, column)
 
@@ -137,8 +139,8 @@ def decode_layer(config: GrokConfig, stage: Stage, params, x, cache, state: Deco
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
 def decode_embed(config: GrokConfig, stage: Stage, params, state: DecodeState, buffers, given, column):
     tokens, live = state.tokens[:, None], state.live[:, None]
-    x, captured = _embed(config, stage, params, tokens, state.positions, live, buffers, given)
-    return x, _written(stage, buffers, captured, column)
+    x, positions, captured = _embed(config, stage, params, tokens, state.positions, live, buffers, given)
+    return x, positions, _written(stage, buffers, captured, column)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(7,))
@@ -249,9 +251,7 @@ def retired(state: DecodeState, slot) -> DecodeState:
 
 
 @functools.partial(jax.jit, static_argnums=4, donate_argnums=0)
-def seated_cache(
-    cache: transformer.KVCache, prefilled: transformer.KVCache, slot, row, rows: int
-) -> transformer.KVCache:
+def seated_cache(cache: KVCache, prefilled: KVCache, slot, row, rows: int) -> KVCache:
     """One row of the caches of that many prompts, of the same length or shorter, in place of the slot's."""
 
     def put(all_, own):
