@@ -2,12 +2,13 @@
 
 import threading
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_config, write_random
 
 import grokscope as gs
-from grokscope.model.transformer import KVCache
+from grokscope.model.transformer import KVCache, Positions
 from grokscope.run import steps
 from grokscope.run.decode import batches, block_lengths, cache_length
 from grokscope.run.hooks import PLAIN, Given
@@ -167,7 +168,6 @@ def test_greedy_is_the_argmax(grok):
 
 
 def test_kinds_of_prompts(grok):
-    import jax.numpy as jnp
 
     ids = [562, 3888, 311]
     kinds = [ids, tuple(ids), np.array(ids), np.array(ids, np.uint16), [np.int64(i) for i in ids], jnp.array(ids)]
@@ -385,7 +385,6 @@ def test_display_says_the_numerics(grok):
 def test_without_captures_the_plain_model_is_compiled(grok):
     """The jaxpr of a step with no taps is that of the network itself; with taps it is not."""
     import jax
-    import jax.numpy as jnp
 
     from grokscope.model import transformer
     from grokscope.run import hooks, steps
@@ -432,7 +431,8 @@ def test_int8_is_widened_one_expert_at_a_time(length):
     with gs.load(weights="int8") as grok:
         config, one = grok.config, 4 * 3 * grok.config.emb_size * grok.config.ffn_size
         x, cache = np.zeros((1, length, config.emb_size), np.float32), KVCache.zeros(config, 1, 128, np.float32)
-        at = np.zeros(1, np.int32), np.zeros((1, length), np.int32), np.ones((1, length), bool)
+        positions = Positions.of(config, jnp.zeros(1, jnp.int32), length)
+        at = positions, np.zeros((1, length), np.int32), np.ones((1, length), bool)
         lowered = steps.layer.lower(config, PLAIN, grok._weights.layers[0], x, cache, *at, {}, Given())
         assert lowered.compile().memory_analysis().temp_size_in_bytes < 4 * one < config.num_experts * one
 

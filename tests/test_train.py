@@ -45,7 +45,7 @@ def test_gradient_of_experts_is_that_of_all_experts_masked():
         chosen = jnp.asarray(rng.choice(3, num_tokens), jnp.int32)
         weights = jnp.asarray(rng.standard_normal((3, 6, 4)), jnp.float32)
         target = jnp.asarray(rng.standard_normal((num_tokens, 4)), jnp.float32)
-        tile = transformer.tile_size(num_tokens, int8=False)
+        tile = transformer.tile_size(num_tokens, weights[0])
 
         def sparse(x, weights, chosen=chosen, tile=tile, target=target):
             order = jnp.argsort(chosen, stable=True)

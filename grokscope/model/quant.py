@@ -5,6 +5,7 @@ has G = 1 for the matrices it splits by column and G = 8 for those it splits by 
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -72,6 +73,11 @@ def dequantize(weight: QuantizedWeight, out: np.ndarray | None = None) -> np.nda
     return out
 
 
+def widened_in_parts(w: Weight) -> bool:
+    """Whether CPUs have no more than a part of it as float32 at a time."""
+    return isinstance(w, QuantizedWeight) and math.prod(w.shape) > WIDENED
+
+
 def matmul(x: Float[Array, "*batch K"], w: Weight) -> Float[Array, "*batch N"]:
     """x @ w in the type of x; of int8 scaled and added up in float32."""
     rows = x.reshape(x.shape[-1]) if x.size == x.shape[-1] else x  # of [1, K] XLA on CPU makes copies
@@ -101,7 +107,7 @@ def _in_blocks(x: Float[Array, "*batch K"], w: QuantizedWeight) -> Float[Array, 
     """
     k, n = w.shape
     block = group = k // w.num_groups
-    if k * n <= WIDENED:
+    if not widened_in_parts(w):
         wide = w.weight.reshape(-1, group, n).astype(x.dtype) * w.scales[:, None].astype(x.dtype)
         return jnp.matmul(x, wide.reshape(k, n), precision=HIGHEST)
     while block * n > WIDENED and block % 2 == 0:

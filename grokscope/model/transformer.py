@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grokscope.config import GrokConfig
 from grokscope.model.params import PARAMS, initializer
-from grokscope.model.quant import HIGHEST, QuantizedWeight, Weight, matmul
+from grokscope.model.quant import HIGHEST, QuantizedWeight, Weight, matmul, widened_in_parts
 from grokscope.model.sharding import axis_size, constrain, on_one_device, per_shard, spec, zeros
 from grokscope.model.taps import tap, watched
 
@@ -296,23 +296,21 @@ class Router(Module):
         return logits, tap("expert_index", chosen), tap("expert_gate", gates)
 
 
-def tile_size(num_tokens: int, int8: bool) -> int:
-    """Rows that one product of an expert, kept as int8 or not, takes: fixed by the shape of the call, never by how
-    tokens are routed.
+def tile_size(num_tokens: int, kept: Weight) -> int:
+    """Rows that one product of an expert takes, of weights kept like this one: fixed by the shape of the call, never by
+    how tokens are routed.
 
-    An accelerator reads an expert once for all tokens of a decode step. On CPU few rows go one by one: such a product
-    reads fastest, and a second row finds the matrix in the cache; eight go by fours, as int8 does, which is widened
-    for every tile. Of more rows, half to all of what an expert takes on average (of 2 in 8) were best or near it at all
-    sizes tried, and for float32 on CPU three eighths.
+    An accelerator reads an expert once for all tokens of a decode step; of more rows a tile takes half to all of what
+    an expert does on average (of 2 in 8). On CPU few rows go one by one: such a product reads fastest, and a second row
+    finds the matrix in the cache; eight go by fours, as int8 does, which is widened for every tile. Then a tile takes
+    the average of an expert up to 40 rows, which waste few of their own and amortise reading the matrix (96 where it is
+    widened a part at a time), and three eighths of it where that is more: best or near it at all sizes tried.
     """
-    on_cpu = jax.default_backend() == "cpu"
-    if on_cpu and num_tokens <= 8:
-        return min(num_tokens, 4) if int8 or num_tokens > 4 else 1
-    if not on_cpu and num_tokens <= 32:
-        return num_tokens
-    if on_cpu and not int8:
-        return -(-3 * num_tokens // 256) * 8
-    return max(num_tokens // 8, min(num_tokens // 4, 32))
+    if jax.default_backend() != "cpu":
+        return num_tokens if num_tokens <= 32 else max(num_tokens // 8, min(num_tokens // 4, 32))
+    if num_tokens <= 8:
+        return min(num_tokens, 4) if isinstance(kept, QuantizedWeight) or num_tokens > 4 else 1
+    return max(min(max(num_tokens // 4, 8), 96 if widened_in_parts(kept) else 40), 3 * num_tokens // 32)
 
 
 class Groups(NamedTuple):
@@ -401,9 +399,9 @@ def sort_pairs(num_experts: int, chosen: Int[Array, "B T K"], live: Bool[Array, 
     return Pairs(order, back, Groups(jnp.cumsum(counts) - counts, counts))
 
 
-def as_sorted(int8: bool, values: Float[Array, "B T K X"], pairs: Pairs) -> Float[Array, "M X"]:
+def as_sorted(kept: Weight, values: Float[Array, "B T K X"], pairs: Pairs) -> Float[Array, "M X"]:
     """M is N * K and a tile to spare."""
-    tile = tile_size(values.shape[0] * values.shape[1], int8)
+    tile = tile_size(values.shape[0] * values.shape[1], kept)
     return jnp.pad(values.reshape(-1, values.shape[-1])[pairs.order], ((0, tile), (0, 0)))
 
 
@@ -411,9 +409,9 @@ def as_chosen(rows: Float[Array, "M X"], chosen: Int[Array, "B T K"], pairs: Pai
     return rows[pairs.back].reshape(*chosen.shape, -1)
 
 
-def run_gate_and_up(int8: bool, x: Float[Array, "B T D"], pairs: Pairs, experts) -> Float[Array, "M F"]:
+def run_gate_and_up(kept: Weight, x: Float[Array, "B T D"], pairs: Pairs, experts) -> Float[Array, "M F"]:
     tokens = x.reshape(-1, x.shape[-1])
-    tile = tile_size(len(tokens), int8)
+    tile = tile_size(len(tokens), kept)
     rows = jnp.pad(tokens[pairs.order // (len(pairs.order) // len(tokens))], ((0, tile), (0, 0)))
     return by_expert(gate_and_up, tile, rows, experts, pairs.groups)
 
@@ -445,12 +443,11 @@ class Experts(Module):
         of_hidden, by_choice = PartitionSpec(batch, "model"), PartitionSpec(batch, None, None, "model")
 
         pairs = per_shard(functools.partial(sort_pairs, num_experts), (tokens, tokens), tokens)(chosen, live)
-        int8 = isinstance(gate[0], QuantizedWeight)
         experts = tuple((gate[e], up[e]) for e in range(num_experts))
-        run = per_shard(functools.partial(run_gate_and_up, int8), (tokens, tokens, columns), of_hidden)
+        run = per_shard(functools.partial(run_gate_and_up, gate[0]), (tokens, tokens, columns), of_hidden)
         hidden = run(x, pairs, experts)
         unpack = per_shard(as_chosen, (of_hidden, tokens, tokens), by_choice)
-        pack = per_shard(functools.partial(as_sorted, int8), (by_choice, tokens), of_hidden)
+        pack = per_shard(functools.partial(as_sorted, gate[0]), (by_choice, tokens), of_hidden)
         hidden = tap("expert_hidden", hidden, lambda h: unpack(h, chosen, pairs), lambda h: pack(h, pairs))
         experts = tuple((down[e],) for e in range(num_experts))
         run = per_shard(run_down, (of_hidden, tokens, tokens, rows), PartitionSpec("model", batch))
