@@ -1,5 +1,6 @@
 """The Trace: its axes, tables and its way to disk and back."""
 
+import resource
 import subprocess
 import sys
 
@@ -192,3 +193,15 @@ def test_plots_of_analyses(grok):
     with pytest.raises(ValueError, match="phases prefill, decode"):
         gs.plot.coactivation(analysis.coactivation(traces), 1)
     plt.close("all")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts pages as Linux does, and glibc keeps them")
+def test_captures_of_the_next_prompt_find_memory_of_the_last(grok):
+    """New pages were a third of the time of a full cache (27,000 pages)."""
+
+    def new_pages():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        grok.trace(range(5, 517), capture=gs.TAPS)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert min(new_pages() for _ in range(6)) < 3000

@@ -25,7 +25,7 @@ from grokscope.config import GrokConfig
 from grokscope.model import sharding
 from grokscope.model.quant import QuantizedWeight, dequantize
 from grokscope.model.sharding import make_mesh
-from grokscope.run import captures, edits, steps
+from grokscope.run import captures, edits, landing, steps
 from grokscope.run.captures import Wish
 from grokscope.run.compiled import keep_compiled
 from grokscope.run.decode import BATCH_SIZE, Job, Run, deferred_interrupt, tokens_of_passes
@@ -163,8 +163,10 @@ def load(
     keep_compiled()
     mesh = mesh or (f"1x{len(jax.devices())}" if jax.process_count() > 1 else None)
     dtype, devices = jax.numpy.dtype(numerics), mesh and make_mesh(mesh, checkpoint.config)
-    if devices and jax.default_backend() == "cpu":
-        steps.one_at_a_time()
+    if jax.default_backend() == "cpu":
+        landing.keep_freed_memory()
+        if devices:
+            steps.one_at_a_time()
     if weights == "streamed":
         budget = streaming_memory(devices) if memory is None else as_bytes(memory, "memory")
         loaded = Streamed(Reader(checkpoint, dtype, "int8", devices), budget)
