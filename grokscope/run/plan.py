@@ -86,8 +86,11 @@ def priced(hooks: Hooks, batch_size: int, dtype, mesh: Mesh | AbstractMesh | Non
     for kept in hooks.kept:
         num_layers, decode = len(places_of(kept)), _decode(hooks, kept, slots, length, dtype, mesh)
         device = num_layers * decode
-        if _captured(hooks, kept) > num_layers:  # what other layers drop: one buffer for all, and a stream at a time
-            device += (0 if streamed else decode // 2) + (of_batch[kept.key] if kept.reduce == "lens" else 0)
+        # What other layers drop: one buffer for all, and a stream at a time.
+        if _captured(hooks, kept, decode=True) > num_layers and not streamed:
+            device += decode // 2
+        if _captured(hooks, kept) > num_layers and kept.reduce == "lens":
+            device += of_batch[kept.key]
         device += math.ceil(num_layers * of_batch[kept.key] * (share if _leaves(kept) else 1))
         host = num_layers * sum(_host(hooks, kept, prompt, dtype) for prompt in range(len(lengths)))
         rows[kept.key] = {"device": device, "host": host, "disk": host}
@@ -130,9 +133,9 @@ def _leaves(kept: Kept) -> bool:
     return not kept.pooled and kept.reduce != "lens"
 
 
-def _captured(hooks: Hooks, kept: Kept) -> int:
+def _captured(hooks: Hooks, kept: Kept, decode: bool = False) -> int:
     """At how many places."""
-    return sum(hooks.captures(kept, place) for place in hooks.places)
+    return sum(hooks.captures(kept, place, decode) for place in hooks.places)
 
 
 def _share_there(hooks: Hooks, of_batch: dict[str, int]) -> float:

@@ -18,6 +18,8 @@ from grokscope.run.captures import Kept
 from grokscope.run.edits import Change, Source
 from grokscope.run.hooks import PLAIN, CaptureKind, Given, Stage, stage
 
+IN_DECODE = 16  # widths of the stream that are small
+
 Place = int | str  # a layer, "embed" or "head"
 
 
@@ -116,16 +118,17 @@ class Hooks:
 
     # Which
 
-    def captures(self, kept: Kept, place: Place) -> bool:
+    def captures(self, kept: Kept, place: Place, decode: bool = False) -> bool:
         """Whether a step captures it there: what is small in all layers, to be dropped where it is not kept, so that
         layers of which different things are kept are one compiled step.
+
+        One token has little to drop, beside the weights that its step reads; so in decode nearly all is small.
         """
-        if place in places_of(kept) or kept.layers is None or not isinstance(place, int):
+        if place in places_of(kept) or kept.layers is None or kept.pooled or not isinstance(place, int):
             return place in places_of(kept)
-        dims = TAPS[kept.tap].dims.replace("T", "")
-        return (
-            not kept.pooled and "S" not in dims and math.prod(self.dims(kept)[d] for d in dims) <= self.config.emb_size
-        )
+        sizes = self.dims(kept) | {"T": 1, "S": max(s.longest for s in self.sequences)}
+        of_token = math.prod(sizes[d] for d in TAPS[kept.tap].dims)
+        return of_token <= self.config.emb_size * (IN_DECODE if decode else 1)
 
     def takes(self, kept: Kept, prompt: int) -> bool:
         return kept.where.takes(prompt, len(self.sequences))
@@ -145,7 +148,7 @@ class Hooks:
     def _decode_stage(self, place: Place) -> tuple[Stage, list[Kept], list[Stacked]]:
         if not any(s.limit for s in self.sequences):
             return PLAIN, [], []
-        kept = [k for k in self._captured[place] if k.key in self._after]
+        kept = [k for k in self.kept if k.key in self._after and self.captures(k, place, decode=True)]
         edits = [e for e in self._edits[place] if any(self.reaches(change)[1] for _, change in e.changes)]
         return self._stage([self._kind(k, cut=False) for k in kept], edits), kept, edits
 
