@@ -437,6 +437,15 @@ def test_int8_is_widened_one_expert_at_a_time(length):
         assert lowered.compile().memory_analysis().temp_size_in_bytes < 4 * one < config.num_experts * one
 
 
+@pytest.mark.parametrize("length", [200, 512])
+def test_prompts_read_in_parts(grok, length):
+    """Each part reads what is before it; where patterns are looked at, all is read at once."""
+    ids = np.random.default_rng(0).integers(4, grok.config.vocab_size, length)
+    plain, looked = (grok.trace(ids, capture=["resid_post", *more]) for more in ((), ["attn_pattern"]))
+    np.testing.assert_allclose(plain["resid_post"], looked["resid_post"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(plain.logprobs[1:], looked.logprobs[1:], rtol=0, atol=1e-4)
+
+
 def test_int8_in_bfloat16_runs_one_prompt_and_many(random_checkpoint):
     grok = gs.load(random_checkpoint, weights="int8", numerics="bfloat16")
     for count in (1, 8):

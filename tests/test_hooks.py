@@ -562,6 +562,21 @@ def test_layers_of_which_different_things_are_kept(small):
         ] == picked
 
 
+def test_a_layer_of_which_something_large_is_kept(small):
+    """A step of one token is the same for all layers even then; a prompt's is not."""
+
+    def run(layers):
+        captures = [gs.capture("attn_pattern", layers=layers), gs.capture("expert_hidden", layers=layers)]
+        return small.generate([TOKENS * 3, TOKENS[:5]], 20, capture=captures, stop_at_eos=False)
+
+    with compilations() as found:
+        some = run([1])
+    assert [sum(step in name for name in found) for step in ("(_layer)", "(decode_layer)")] == [2, 1], found
+    for one, whole in zip(some, run([0, 1, 2]), strict=True):
+        for tap in ("attn_pattern", "expert_hidden"):
+            np.testing.assert_array_equal(one[tap], whole[tap][[1]], err_msg=tap)
+
+
 class compilations:
     """Names of what jax compiles meanwhile."""
 
