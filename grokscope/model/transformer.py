@@ -143,7 +143,7 @@ class Positions(NamedTuple):
     position anew for every head.
     """
 
-    index: jax.Array  # int32 [B, T]
+    numbers: jax.Array  # int32 [B, T]
     cos: jax.Array  # [B, T, 1, C / 2]
     sin: jax.Array
 
@@ -151,10 +151,10 @@ class Positions(NamedTuple):
     def of(cls, config: GrokConfig, start: Int[Array, " B"], length: int) -> "Positions":
         """start .. start + T of each row."""
         half = config.key_size // 2
-        index = start[:, None] + jnp.arange(length)
+        numbers = start[:, None] + jnp.arange(length)
         frequencies = ROTARY_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
-        angles = index[..., None, None].astype(jnp.float32) * frequencies
-        return cls(constrain(index, "BT"), constrain(jnp.cos(angles), "BTHC"), constrain(jnp.sin(angles), "BTHC"))
+        angles = numbers[..., None, None].astype(jnp.float32) * frequencies
+        return cls(constrain(numbers, "BT"), constrain(jnp.cos(angles), "BTHC"), constrain(jnp.sin(angles), "BTHC"))
 
     def rotate(self, x: Float[Array, "B T N C"]) -> Float[Array, "B T N C"]:
         """Rotary embedding over the whole head, half-split: channel c turns with channel c + C/2."""
@@ -189,12 +189,12 @@ class Attention(Module):
         v = constrain(matmul(x, self.weight("value")).reshape(batch, length, groups, channels), "BTGC")
         q, k, v = tap("q", positions.rotate(q)), tap("k", positions.rotate(k)), tap("v", v)
         if cache is not None:
-            cache = cache.write(k, v, positions.index[:, 0])
+            cache = cache.write(k, v, positions.numbers[:, 0])
         k, v = cache.of_each(batch) if cache is not None else (by_group(k), by_group(v))
         if heads % axis_size("model") == 0 and groups % axis_size("model"):  # each device takes the one it reads
             copies = math.lcm(groups, axis_size("model")) // groups
             k, v = (constrain(jnp.repeat(a, copies, axis=1), "BGSC") for a in (k, v))
-        z = tap("attn_z", self.read(q, k, v, positions.index))
+        z = tap("attn_z", self.read(q, k, v, positions.numbers))
         return constrain(matmul(z.reshape(batch, length, heads * channels), self.weight("out")), "BTD"), cache
 
     def read(

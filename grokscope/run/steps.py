@@ -50,7 +50,7 @@ class DecodeState:
 def _embed(config: GrokConfig, stage: Stage, params, tokens: Int[Array, "B T"], start, live, pools, given):
     """Stream [B, T, D] before the first layer, its positions start [B] and on, and captures."""
     positions = Positions.of(config, start, tokens.shape[1])
-    at = At(positions.index, tokens, live)
+    at = At(positions.numbers, tokens, live)
     x, captured = with_hooks(transformer.embed, stage)(given, pools, at, config, params, tokens)
     return x, positions, captured
 
@@ -60,7 +60,7 @@ def _attend(config: GrokConfig, stage: Stage, params, x, cache, positions: Posit
 
     What the experts need (Routed), cache, captures.
     """
-    at = At(positions.index, tokens, live)
+    at = At(positions.numbers, tokens, live)
     run = with_hooks(transformer.attend_and_route, stage)
     (routed, cache), captured = run(given, pools, at, config, params, x, cache, positions)
     return routed, cache, captured
@@ -69,14 +69,14 @@ def _attend(config: GrokConfig, stage: Stage, params, x, cache, positions: Posit
 def _experts(config: GrokConfig, stage: Stage, params, routed, positions, tokens, live, pools, given):
     """Outputs of the chosen experts [P, B, T, K, D], in parts, and captures."""
     run = with_hooks(transformer.run_experts, stage)
-    at = At(positions.index, tokens, live)
+    at = At(positions.numbers, tokens, live)
     return run(given, pools, at, config, params, routed, live, chosen=routed.chosen)
 
 
 def _add(config: GrokConfig, stage: Stage, params, routed, parts, positions, tokens, live, pools, given):
     """Stream [B, T, D] after the layer, and captures."""
     run = with_hooks(transformer.add_experts, stage)
-    at = At(positions.index, tokens, live)
+    at = At(positions.numbers, tokens, live)
     return run(given, pools, at, config, params, routed, parts, chosen=routed.chosen)
 
 
@@ -110,7 +110,7 @@ def score(
     config: GrokConfig, stage: Stage, params, x, following: Int[Array, "B T"], positions, tokens, live, pools, given
 ):
     """Log-probability [B, T] of each position's next token, and captures."""
-    at = At(positions.index, tokens, live)
+    at = At(positions.numbers, tokens, live)
     found, captured = with_hooks(transformer.next_logprobs, stage)(given, pools, at, config, params, x, following)
     return whole(found), captured
 
