@@ -303,14 +303,14 @@ def tile_size(num_tokens: int, kept: Weight) -> int:
     An accelerator reads an expert once for all tokens of a decode step; of more rows a tile takes half to all of what
     an expert does on average (of 2 in 8). On CPU few rows go one by one: such a product reads fastest, and a second row
     finds the matrix in the cache; eight go by fours, as int8 does, which is widened for every tile. Then a tile takes
-    the average of an expert up to 40 rows, which waste few of their own and amortise reading the matrix (96 where it is
+    the average of an expert up to 40 rows, which waste few of their own and amortise reading the matrix (64 where it is
     widened a part at a time), and three eighths of it where that is more: best or near it at all sizes tried.
     """
     if jax.default_backend() != "cpu":
         return num_tokens if num_tokens <= 32 else max(num_tokens // 8, min(num_tokens // 4, 32))
     if num_tokens <= 8:
         return min(num_tokens, 4) if isinstance(kept, QuantizedWeight) or num_tokens > 4 else 1
-    return max(min(max(num_tokens // 4, 8), 96 if widened_in_parts(kept) else 40), 3 * num_tokens // 32)
+    return max(min(max(num_tokens // 4, 8), 64 if widened_in_parts(kept) else 40), 3 * num_tokens // 32)
 
 
 class Groups(NamedTuple):
