@@ -160,13 +160,9 @@ def load(
     if memory is not None and weights != "streamed":
         raise ValueError(f'memory={memory!r} is for weights="streamed"; resident weights take what they take')
     tokens = open_tokenizer(checkpoint, tokenizer)
-    keep_compiled()
     mesh = mesh or (f"1x{len(jax.devices())}" if jax.process_count() > 1 else None)
     dtype, devices = jax.numpy.dtype(numerics), mesh and make_mesh(mesh, checkpoint.config)
-    if jax.default_backend() == "cpu":
-        landing.keep_freed_memory()
-        if devices:
-            steps.one_at_a_time()
+    _set_process(devices)
     if weights == "streamed":
         budget = streaming_memory(devices) if memory is None else as_bytes(memory, "memory")
         loaded = Streamed(Reader(checkpoint, dtype, "int8", devices), budget)
@@ -174,6 +170,17 @@ def load(
         reader = Reader(checkpoint, dtype, weights or default_form(checkpoint.config, dtype), devices)
         loaded = load_weights(reader, progress)
     return Grok(checkpoint, loaded, tokens, numerics)
+
+
+def _set_process(mesh: Mesh | None) -> None:
+    """What is set for all of the process: what it compiles is kept; on CPU freed memory too, and steps on a mesh run
+    one after the other.
+    """
+    keep_compiled()
+    if jax.default_backend() == "cpu":
+        landing.keep_freed_memory()
+        if mesh:
+            steps.one_at_a_time()
 
 
 def open_tokenizer(checkpoint: Checkpoint, path: Path | str | None) -> Tokenizer | None:

@@ -15,7 +15,6 @@ from grokscope.run import steps
 from grokscope.run.staging import Hooks, Place
 
 ON_THEIR_WAY = 1 << 25  # bytes that may wait, so that device and host need not wait for each other
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
