@@ -1,28 +1,35 @@
-"""Layers of Grok-1's true width on an accelerator, against its limits and against the released arithmetic. One table.
+"""Layers of Grok-1's true width on an accelerator, against its limits and against the released arithmetic. Two tables.
 
-    python benchmarks/gpu.py [--layers 1] [--width 6144]
+    python benchmarks/gpu.py [--layers 8] [--width 6144]
 
 Random int8 weights, bfloat16 activations. Decode reads the active int8 bytes (two experts of eight a token, attention,
-the cache); prefill multiplies by two experts a token. The share is of what this device was measured to read, or to
-multiply, in the same run. The baseline does what the release does: every expert for every copy of a token, matrices
-dequantised in each call. On a CPU it runs at any small width, to see that it runs.
+the cache); prefill multiplies by two experts a token, in the blocks of `Grok.generate`. The share is of what this device
+was measured to read, or to multiply, in the same run.
+
+The second table is of one layer's experts alone, by all candidates: the project's kernel (Pallas), XLA's loop over tiles
+that switches to an expert, `ragged_dot` of matrices dequantised in each call, and what the release does: every expert for
+every copy of a token, dequantised in each call. They are checked against each other. On a CPU all of it runs at any small
+width, to see that it runs.
 """
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from released import released_experts
+from released import dequantized, released_experts
 
 from grokscope.checkpoint.weights import described
 from grokscope.config import GROK_1, GrokConfig
+from grokscope.model import kernel, transformer
 from grokscope.model.params import LAYER_PARAMS
 from grokscope.model.transformer import KVCache, Positions
 from grokscope.run import steps
+from grokscope.run.decode import block_lengths
 from grokscope.run.hooks import PLAIN, Given
 from grokscope.run.steps import DecodeState
 
@@ -48,33 +55,34 @@ def random_layer(config: GrokConfig, key: jax.Array) -> dict:
         values = []
         for leaf in leaves:
             key, own = jax.random.split(key)
-            values.append(_random(own, leaf, param.name, config))
+            values.append(_random(own, leaf.shape, leaf.dtype, param.name, config.emb_size))
         params.setdefault(param.module, {})[param.name] = jax.tree.unflatten(treedef, values)
     return params
 
 
-def _random(key: jax.Array, leaf: jax.ShapeDtypeStruct, name: str, config: GrokConfig) -> jax.Array:
-    if leaf.dtype == np.int8:
-        return jax.jit(lambda: jax.random.bits(key, leaf.shape, jnp.uint8).astype(jnp.int8))()
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _random(key: jax.Array, shape: tuple[int, ...], dtype, name: str, width: int) -> jax.Array:
+    if dtype == np.int8:
+        return jax.random.bits(key, shape, jnp.uint8).astype(jnp.int8)
     if name == "scale":
-        return jnp.ones(leaf.shape, leaf.dtype)
+        return jnp.ones(shape, dtype)
     if name == "w":  # the router
-        return jax.random.normal(key, leaf.shape, leaf.dtype) / np.sqrt(config.emb_size)
-    return jnp.full(leaf.shape, 1 / 74 / np.sqrt(config.emb_size), leaf.dtype)  # int8 at random: deviation 74
+        return jax.random.normal(key, shape, dtype) / np.sqrt(width)
+    return jnp.full(shape, 1 / 74 / np.sqrt(width), dtype)  # int8 at random: deviation 74
 
 
 def read_rate(size: int) -> float:
     """Bytes a second that the device reads."""
-    array = jnp.ones(size, jnp.int8)
-    total = jax.jit(lambda a: jnp.sum(a.reshape(-1, 4096).astype(jnp.int32)))
+    array = jax.random.normal(jax.random.key(0), size // 4)
+    total = jax.jit(jnp.sum)
     return size / seconds(lambda: total(array))
 
 
 def product_rate(n: int) -> float:
-    """bfloat16 operations a second of a large product."""
-    a = jnp.ones((n, n), jnp.bfloat16)
+    """bfloat16 operations a second of a large product; of random values, since a card multiplies zeros or ones faster."""
+    a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
     multiply = jax.jit(lambda a, b: a @ b)
-    return 2 * n**3 / seconds(lambda: multiply(a, a))
+    return 2 * n**3 / seconds(lambda: multiply(a, b))
 
 
 def decode(config: GrokConfig, layers: list[dict], batch: int, length: int) -> tuple[float, float]:
@@ -98,16 +106,17 @@ def decode(config: GrokConfig, layers: list[dict], batch: int, length: int) -> t
 
 
 def prefill(config: GrokConfig, layers: list[dict], tokens: int) -> tuple[float, float]:
-    """Seconds a layer of a prompt, in blocks of 512, and its useful operations."""
-    block = min(512, tokens)
-    xs = [jax.random.normal(jax.random.key(i), (1, block, config.emb_size), BF16) for i in range(tokens // block)]
-    places = [Positions.of(config, jnp.array([i * block]), block) for i in range(len(xs))]
-    ids, live = np.zeros((1, block), np.int32), np.ones((1, block), bool)
+    """Seconds a layer of a prompt, and its useful operations."""
+    sizes = block_lengths(tokens)
+    xs = [jax.random.normal(jax.random.key(i), (1, n, config.emb_size), BF16) for i, n in enumerate(sizes)]
+    starts = np.cumsum([0, *sizes[:-1]])
+    places = [Positions.of(config, jnp.array([start]), n) for start, n in zip(starts, sizes, strict=True)]
 
     def run():
         for params in layers:
             cache, out = KVCache.zeros(config, 1, tokens, BF16), []
             for x, at in zip(xs, places, strict=True):
+                ids, live = np.zeros(x.shape[:2], np.int32), np.ones(x.shape[:2], bool)
                 y, cache, _ = steps.layer(config, PLAIN, params, x, cache, at, ids, live, {}, Given())
                 out.append(y)
         return out
@@ -117,32 +126,50 @@ def prefill(config: GrokConfig, layers: list[dict], tokens: int) -> tuple[float,
     return seconds(run, 3) / len(layers), tokens * (2 * weights + 2 * tokens * n["HC"])
 
 
-def baseline(config: GrokConfig, params: dict, tokens: int) -> tuple[float, float]:
-    """Seconds of the released experts, and of ours, over the same tokens."""
+def in_ragged_dot(fn, tile: int, rows, weights, groups):
+    """As transformer.by_expert."""
+
+    def multiply(rows, own):
+        return jax.lax.ragged_dot(rows, jnp.stack([dequantized(w, rows.dtype) for w in own]), groups.counts)
+
+    return fn(rows, *zip(*weights, strict=True), multiply=multiply)
+
+
+def candidates(config: GrokConfig, params: dict, tokens: int) -> dict[str, tuple[float, float]]:
+    """{name: (seconds, largest difference to the released way, of its largest value)} of a layer's experts."""
     x = jax.random.normal(jax.random.key(1), (tokens, config.emb_size), BF16)
-    shape = (tokens, config.num_selected_experts)
-    chosen = jax.random.randint(jax.random.key(2), shape, 0, config.num_experts)
-    gates = jnp.full(shape, 0.4)
+    scores = jax.random.uniform(jax.random.key(2), (tokens, config.num_experts))
+    _, chosen = jax.lax.top_k(scores, config.num_selected_experts)
+    gates = jnp.full(chosen.shape, 0.4, BF16)
     own = [tuple(params["layer/experts"][n].experts) for n in ("gate", "up", "down")]
-    normed = x.reshape(tokens, 1, -1) if tokens <= 64 else x[None]
-    by_row = (*normed.shape[:2], shape[1])
-    routed = steps.transformer.Routed(
-        normed,
-        normed,
-        jnp.zeros((*normed.shape[:2], config.num_experts)),
-        chosen.reshape(by_row),
-        gates.reshape(by_row),
-    )
-    live = jnp.ones(by_row[:2], bool)
-    at = (jnp.zeros(len(normed), jnp.int32), jnp.zeros(by_row[:2], jnp.int32), live, {}, Given())
-    theirs = jax.jit(released_experts)
-    ours = seconds(lambda: steps.experts(config, PLAIN, params, routed, *at)[0])
-    return seconds(lambda: theirs(x, chosen, gates, *own), 3), ours
+
+    def by(way, x, chosen, gates, own):
+        pairs = transformer.sort_pairs(config.num_experts, chosen[None], jnp.ones((1, tokens), bool))
+        tile = transformer.tile_size(tokens, own[0][0])
+        rows = jnp.pad(x[pairs.order // config.num_selected_experts], ((0, tile), (0, 0)))
+        hidden = way(transformer.gate_and_up, tile, rows, tuple(zip(own[0], own[1], strict=True)), pairs.groups)
+        out = way(transformer.down, tile, hidden, tuple((w,) for w in own[2]), pairs.groups)
+        return jnp.einsum("nk,nkd->nd", gates, transformer.as_chosen(out, chosen, pairs))
+
+    ways = {"loop": transformer.in_loop, "ragged_dot": in_ragged_dot}
+    if kernel.available():
+        ways = {"kernel": transformer.by_expert} | ways
+    runs = {name: jax.jit(functools.partial(by, way)) for name, way in ways.items()}
+    runs["released"] = jax.jit(lambda x, chosen, gates, own: released_experts(x, chosen, gates, *own))
+    found = {name: run(x, chosen, gates, own).astype(jnp.float32) for name, run in runs.items()}
+    right = found["released"]
+    return {
+        name: (
+            seconds(functools.partial(run, x, chosen, gates, own), 5),
+            float(jnp.max(jnp.abs(found[name] - right)) / jnp.max(jnp.abs(right))),
+        )
+        for name, run in runs.items()
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=GROK_1.emb_size, help="heads and experts shrink with it")
     args = parser.parse_args()
     heads = 48 * args.width // GROK_1.emb_size
@@ -156,17 +183,18 @@ def main() -> None:
     print(f"reads {read / 1e9:.1f} GB/s, bfloat16 products {product / 1e12:.2f} T/s")
     print(f"{args.layers} layers, D {config.emb_size}, F {config.ffn_size}, int8\n")
     layers = [random_layer(config, jax.random.key(i)) for i in range(args.layers)]
-    print(f"{'':24}{'ms a layer':>12}{'of the limit':>14}{'experts: released / ours':>28}")
+    print(f"{'':24}{'ms a layer':>12}{'of the limit':>14}")
     for batch in (1, 8, 64):
         time_, count = decode(config, layers, batch, 2048)
-        theirs, ours = baseline(config, layers[0], batch)
-        print(f"{f'decode, batch {batch}':24}{1e3 * time_:12.3f}{count / time_ / read:14.2f}{theirs / ours:28.1f}")
+        print(f"{f'decode, batch {batch}':24}{1e3 * time_:12.3f}{count / time_ / read:14.2f}", flush=True)
     for tokens in (1024, 8192):
         time_, count = prefill(config, layers, tokens)
-        theirs, ours = baseline(config, layers[0], min(tokens, 512))
-        print(
-            f"{f'prefill, {tokens} tokens':24}{1e3 * time_:12.2f}{count / time_ / product:14.2f}{theirs / ours:28.1f}"
-        )
+        print(f"{f'prefill, {tokens} tokens':24}{1e3 * time_:12.2f}{count / time_ / product:14.2f}", flush=True)
+    print("\nexperts of one layer, ms (difference to released)")
+    for tokens in (1, 8, 64, 1024):
+        of_ways = candidates(config, layers[0], tokens)
+        row = [f"{name} {1e3 * time_:.3f} ({apart:.0e})" for name, (time_, apart) in of_ways.items()]
+        print(f"{f'{tokens} tokens':12}" + "   ".join(row), flush=True)
 
 
 if __name__ == "__main__":

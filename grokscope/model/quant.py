@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float
 
+from grokscope.model import kernel
 from grokscope.model.sharding import on_its_own
 
 HIGHEST = jax.lax.Precision.HIGHEST  # float32 means float32: GPUs otherwise round products to TF32
@@ -83,11 +84,25 @@ def matmul(x: Float[Array, "*batch K"], w: Weight) -> Float[Array, "*batch N"]:
     rows = x.reshape(x.shape[-1]) if x.size == x.shape[-1] else x  # of [1, K] XLA on CPU makes copies
     if not isinstance(w, QuantizedWeight):
         out = jnp.matmul(rows, w, precision=HIGHEST)
+    elif in_kernel(x.dtype, w) and on_its_own():
+        out = _in_tiles(x.reshape(-1, x.shape[-1]), w)
     elif jax.default_backend() != "cpu":
         out = _in_groups(rows, w)
     else:  # in float32: XLA there has no product of bfloat16 into it
         out = (_in_blocks if on_its_own() else _in_groups)(rows.astype(jnp.float32), w)
     return out.astype(x.dtype).reshape(*x.shape[:-1], w.shape[1])
+
+
+def in_kernel(dtype, w: Weight) -> bool:
+    """Whether rows of this type are multiplied with it by grokscope.model.kernel."""
+    return kernel.available() and dtype == jnp.bfloat16 and isinstance(w, QuantizedWeight)
+
+
+def _in_tiles(x: Float[Array, "M K"], w: QuantizedWeight) -> Float[Array, "M N"]:
+    rows = len(x)
+    tile = kernel.tile_size(rows)
+    tiles = kernel.Tiles.of(jnp.zeros(1, jnp.int32), jnp.full(1, rows, jnp.int32), tile, rows)
+    return kernel.products(x, [w], tiles, tile)
 
 
 def _in_groups(x: Float[Array, "*batch K"], w: QuantizedWeight) -> Float[Array, "*batch N"]:

@@ -23,16 +23,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grokscope.config import GrokConfig
 from grokscope.model.params import PARAMS, initializer
-from grokscope.model.quant import HIGHEST, QuantizedWeight, Weight, matmul, widened_in_parts
+from grokscope.model import kernel
+from grokscope.model.quant import HIGHEST, QuantizedWeight, Weight, in_kernel, matmul, widened_in_parts
 from grokscope.model.sharding import axis_size, constrain, on_one_device, per_shard, spec, zeros
 from grokscope.model.taps import tap, watched
 
 ATTENTION_CAP = 30.0
 MASKED = -1e30
-AT_ONCE = 1 << 20  # attention scores or logits, unless somebody looks at them: 4 MB, which stay in a cache
+AT_ONCE = 1 << 20  # attention scores or logits, unless somebody looks at them: on CPU 4 MB, which stay in a cache
 MIN_BLOCK = 64  # positions, however many that makes
 MIN_OWN = 128  # queries of a block that read only what is before them
-KEYS = 256  # of a long cache, read at a time; its length is a power of two (run.decode.cache_length)
+KEYS = 256  # of a long cache, read at a time on CPU; its length is a power of two (run.decode.cache_length)
+FEW_PAIRS = 256  # tokens and choices that an accelerator sorts by comparing all with all, in fewer steps
 NORM_EPS = 1e-5
 ROTARY_BASE = 10000.0
 
@@ -163,10 +165,15 @@ class Positions(NamedTuple):
         return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
+def at_a_time() -> tuple[int, int]:
+    """Scores or logits, and keys of a long cache. An accelerator waits for the host between parts: a few large ones."""
+    return (AT_ONCE, KEYS) if jax.default_backend() == "cpu" else (1 << 28, 2048)
+
+
 def in_parts(fn, each: int, *args: Array) -> Array:
-    """fn(*args), arrays over [B, T], for as many positions at a time as make AT_ONCE values of `each` position."""
+    """fn(*args), arrays over [B, T], for as many positions at a time as make `at_a_time` values of `each` position."""
     batch, length = args[0].shape[:2]
-    block = 1 << max(AT_ONCE // each, MIN_BLOCK).bit_length() - 1
+    block = 1 << max(at_a_time()[0] // each, MIN_BLOCK).bit_length() - 1
     if block >= length or length % block:
         return fn(*args)
     parts = tuple(jnp.moveaxis(a.reshape(batch, -1, block, *a.shape[2:]), 1, 0) for a in args)
@@ -213,11 +220,12 @@ class Attention(Module):
             return self.read_whole(q, k, v, positions)
         if q.shape[1] == k.shape[2]:
             return self.read_own(q, k, v, positions)
-        if q.shape[1] == 1 or k.shape[2] <= 2 * KEYS:
+        _, keys = at_a_time()
+        if q.shape[1] == 1 or k.shape[2] <= 2 * keys:
             return self.read_together(q, k, v, positions)
 
         def run(q, k, v, positions):
-            return in_parts(lambda q, at: self.read_seen(q, k, v, at), q.shape[2] * KEYS, q, positions)
+            return in_parts(lambda q, at: self.read_seen(q, k, v, at), q.shape[2] * keys, q, positions)
 
         of_q, of_k = spec("BTHC", q.shape), spec("BGSC", k.shape)
         return per_shard(run, (of_q, of_k, of_k, PartitionSpec(of_q[0])), of_q)(q, k, v, positions)
@@ -243,20 +251,21 @@ class Attention(Module):
         return from_rows(mix(pattern, v), q.shape)
 
     def read_seen(self, q, k, v, positions) -> Float[Array, "B T H C"]:
-        """As `read`, KEYS keys at a time and none behind the last query: half of a long prompt (8192 tokens take 0.54
+        """As `read`, a few keys at a time and none behind the last query: half of a long prompt (8192 tokens take 0.54
         to 0.6 of the time, measured). Scores are capped: their exponentials need no largest one to begin with.
         """
         batch, length, heads, channels = q.shape
+        _, keys = at_a_time()
 
         def some(index, carry):
             total, z = carry
-            own_k, own_v = (jax.lax.dynamic_slice_in_dim(a, index * KEYS, KEYS, axis=2) for a in (k, v))
-            weights = jnp.exp(self.scores(q, own_k, positions, index * KEYS) - ATTENTION_CAP)
+            own_k, own_v = (jax.lax.dynamic_slice_in_dim(a, index * keys, keys, axis=2) for a in (k, v))
+            weights = jnp.exp(self.scores(q, own_k, positions, index * keys) - ATTENTION_CAP)
             return total + weights.sum(-1), z + mix(weights.astype(q.dtype), own_v).astype(jnp.float32)
 
         groups = k.shape[1]
         none = jnp.zeros((batch, heads, length)), jnp.zeros((batch, groups, heads // groups * length, channels))
-        total, z = jax.lax.fori_loop(0, jnp.max(positions) // KEYS + 1, some, none)
+        total, z = jax.lax.fori_loop(0, jnp.max(positions) // keys + 1, some, none)
         return from_rows((z / total.reshape(*z.shape[:3], 1)).astype(q.dtype), q.shape)
 
     def scores(self, q, k: Float[Array, "B G N C"], positions, first) -> Float[Array, "B H T N"]:
@@ -300,12 +309,15 @@ def tile_size(num_tokens: int, kept: Weight) -> int:
     """Rows that one product of an expert takes, of weights kept like this one: fixed by the shape of the call, never by
     how tokens are routed.
 
-    An accelerator reads an expert once for all tokens of a decode step; of more rows a tile takes half to all of what
-    an expert does on average (of 2 in 8). On CPU few rows go one by one: such a product reads fastest, and a second row
+    On an accelerator of int8 a tile is one of the kernel's, by what an expert does on average (of 2 in 8); without the
+    kernel an expert is read once for all tokens of a decode step, and of more rows takes half to all of that average. On
+    CPU few rows go one by one: such a product reads fastest, and a second row
     finds the matrix in the cache; eight go by fours, as int8 does, which is widened for every tile. Then a tile takes
     the average of an expert up to 40 rows, which waste few of their own and amortise reading the matrix (64 where it is
     widened a part at a time), and three eighths of it where that is more: best or near it at all sizes tried.
     """
+    if kernel.available() and isinstance(kept, QuantizedWeight):
+        return kernel.tile_size(num_tokens // 4)
     if jax.default_backend() != "cpu":
         return num_tokens if num_tokens <= 32 else max(num_tokens // 8, min(num_tokens // 4, 32))
     if num_tokens <= 8:
@@ -320,11 +332,25 @@ class Groups(NamedTuple):
     counts: jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def by_expert(
     fn, tile: int, rows: Float[Array, "M X"], weights: tuple[tuple[Weight, ...], ...], groups: Groups
 ) -> Array:
     """fn(rows of expert e, *weights[e]) for every expert, [M, Y]: each runs as many tiles as it has rows for, or none.
+
+    M is all rows that there may be, and what is to spare. Those of no expert become 0.
+    """
+    if not in_kernel(rows.dtype, weights[0][0]):
+        return in_loop(fn, tile, rows, weights, groups)
+    tiles = kernel.Tiles.of(groups.begins, groups.counts, tile, len(rows))
+    out = fn(rows, *zip(*weights, strict=True), multiply=lambda rows, own: kernel.products(rows, own, tiles, tile))
+    return jnp.where(jnp.arange(len(rows))[:, None] < jnp.sum(groups.counts), out, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def in_loop(
+    fn, tile: int, rows: Float[Array, "M X"], weights: tuple[tuple[Weight, ...], ...], groups: Groups
+) -> Array:
+    """`by_expert` without a kernel.
 
     One loop over all tiles, each of which switches to its expert. (A loop for each expert compiles 1.2 times as long;
     int8 weights it needs a barrier for, or XLA widens all of them before the loop.) The last tile of an expert runs
@@ -349,11 +375,11 @@ def by_expert(
     return jax.lax.fori_loop(0, ends[-1], run, jnp.zeros((len(rows), width), rows.dtype))
 
 
-def _by_expert_forward(fn, tile, rows, weights, groups):
-    return by_expert(fn, tile, rows, weights, groups), (rows, weights, groups)
+def _in_loop_forward(fn, tile, rows, weights, groups):
+    return in_loop(fn, tile, rows, weights, groups), (rows, weights, groups)
 
 
-def _by_expert_backward(fn, tile, saved, grads):
+def _in_loop_backward(fn, tile, saved, grads):
     rows, weights, groups = saved
     row_grads, weight_grads = jnp.zeros_like(rows), []
     for expert, own in enumerate(weights):
@@ -374,11 +400,15 @@ def _by_expert_backward(fn, tile, saved, grads):
     return row_grads, tuple(weight_grads), None
 
 
-by_expert.defvjp(_by_expert_forward, _by_expert_backward)
+in_loop.defvjp(_in_loop_forward, _in_loop_backward)
 
 
-def gate_and_up(rows: Float[Array, "*N D"], gate: Weight, up: Weight) -> Float[Array, "*N F"]:
-    return jax.nn.gelu(matmul(rows, gate), approximate=True) * matmul(rows, up)
+def gate_and_up(rows: Float[Array, "*N D"], gate, up, multiply=matmul) -> Float[Array, "*N F"]:
+    return jax.nn.gelu(multiply(rows, gate), approximate=True) * multiply(rows, up)
+
+
+def down(hidden: Float[Array, "*N F"], weight, multiply=matmul) -> Float[Array, "*N D"]:
+    return multiply(hidden, weight)
 
 
 class Pairs(NamedTuple):
@@ -392,17 +422,25 @@ class Pairs(NamedTuple):
 def sort_pairs(num_experts: int, chosen: Int[Array, "B T K"], live: Bool[Array, "B T"]) -> Pairs:
     pairs = jnp.where(live[..., None] & (chosen >= 0), chosen, num_experts).reshape(-1)
     numbers = jnp.arange(len(pairs))
-    # Of one array, and scattered back: two argsorts take XLA on CPU 3.5 times as long (206 us of 1024 pairs).
-    order = jnp.sort(pairs * len(pairs) + numbers) % len(pairs)
-    back = jnp.zeros_like(order).at[order].set(numbers, unique_indices=True)
+    keys = pairs * len(pairs) + numbers
+    if jax.default_backend() != "cpu" and len(pairs) <= FEW_PAIRS:
+        back = jnp.sum(keys[:, None] > keys, axis=1)
+        order = jnp.sum(jnp.where(back == numbers[:, None], numbers, 0), axis=1)
+    else:  # of one array, and scattered back: two argsorts take XLA on CPU 3.5 times as long (206 us of 1024 pairs)
+        order = jnp.sort(keys) % len(pairs)
+        back = jnp.zeros_like(order).at[order].set(numbers, unique_indices=True)
     counts = jnp.sum(pairs[:, None] == jnp.arange(num_experts), axis=0)
     return Pairs(order, back, Groups(jnp.cumsum(counts) - counts, counts))
 
 
+def spared(rows: Float[Array, "N X"], kept: Weight, tile: int) -> Float[Array, "M X"]:
+    """Rows, and a tile of zeros behind them where a loop multiplies whole tiles."""
+    return rows if in_kernel(rows.dtype, kept) else jnp.pad(rows, ((0, tile), (0, 0)))
+
+
 def as_sorted(kept: Weight, values: Float[Array, "B T K X"], pairs: Pairs) -> Float[Array, "M X"]:
-    """M is N * K and a tile to spare."""
     tile = tile_size(values.shape[0] * values.shape[1], kept)
-    return jnp.pad(values.reshape(-1, values.shape[-1])[pairs.order], ((0, tile), (0, 0)))
+    return spared(values.reshape(-1, values.shape[-1])[pairs.order], kept, tile)
 
 
 def as_chosen(rows: Float[Array, "M X"], chosen: Int[Array, "B T K"], pairs: Pairs) -> Float[Array, "B T K X"]:
@@ -412,12 +450,13 @@ def as_chosen(rows: Float[Array, "M X"], chosen: Int[Array, "B T K"], pairs: Pai
 def run_gate_and_up(kept: Weight, x: Float[Array, "B T D"], pairs: Pairs, experts) -> Float[Array, "M F"]:
     tokens = x.reshape(-1, x.shape[-1])
     tile = tile_size(len(tokens), kept)
-    rows = jnp.pad(tokens[pairs.order // (len(pairs.order) // len(tokens))], ((0, tile), (0, 0)))
+    rows = spared(tokens[pairs.order // (len(pairs.order) // len(tokens))], kept, tile)
     return by_expert(gate_and_up, tile, rows, experts, pairs.groups)
 
 
-def run_down(hidden: Float[Array, "M F"], chosen: Int[Array, "B T K"], pairs: Pairs, experts) -> Array:
-    out = by_expert(matmul, len(hidden) - len(pairs.order), hidden, experts, pairs.groups)
+def run_down(kept: Weight, hidden: Float[Array, "M F"], chosen: Int[Array, "B T K"], pairs: Pairs, experts) -> Array:
+    tile = tile_size(chosen.shape[0] * chosen.shape[1], kept)
+    out = by_expert(down, tile, hidden, experts, pairs.groups)
     return as_chosen(out, chosen, pairs)[None]
 
 
@@ -437,20 +476,20 @@ class Experts(Module):
         Those of dead tokens, and of -1 (nobody), mean nothing.
         """
         num_experts = self.config.num_experts
-        gate, up, down = (self.weight(name) for name in ("gate", "up", "down"))
+        gates, ups, downs = (self.weight(name) for name in ("gate", "up", "down"))
         (batch,) = spec(("B",), x.shape[:1])
         tokens, columns, rows = PartitionSpec(batch), PartitionSpec(None, "model"), PartitionSpec("model")
         of_hidden, by_choice = PartitionSpec(batch, "model"), PartitionSpec(batch, None, None, "model")
 
         pairs = per_shard(functools.partial(sort_pairs, num_experts), (tokens, tokens), tokens)(chosen, live)
-        experts = tuple((gate[e], up[e]) for e in range(num_experts))
-        run = per_shard(functools.partial(run_gate_and_up, gate[0]), (tokens, tokens, columns), of_hidden)
+        experts = tuple((gates[e], ups[e]) for e in range(num_experts))
+        run = per_shard(functools.partial(run_gate_and_up, gates[0]), (tokens, tokens, columns), of_hidden)
         hidden = run(x, pairs, experts)
         unpack = per_shard(as_chosen, (of_hidden, tokens, tokens), by_choice)
-        pack = per_shard(functools.partial(as_sorted, gate[0]), (by_choice, tokens), of_hidden)
+        pack = per_shard(functools.partial(as_sorted, gates[0]), (by_choice, tokens), of_hidden)
         hidden = tap("expert_hidden", hidden, lambda h: unpack(h, chosen, pairs), lambda h: pack(h, pairs))
-        experts = tuple((down[e],) for e in range(num_experts))
-        run = per_shard(run_down, (of_hidden, tokens, tokens, rows), PartitionSpec("model", batch))
+        experts = tuple((downs[e],) for e in range(num_experts))
+        run = per_shard(functools.partial(run_down, gates[0]), (of_hidden, tokens, tokens, rows), PartitionSpec("model", batch))
         return run(hidden, chosen, pairs, experts)
 
 

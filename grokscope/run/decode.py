@@ -35,7 +35,6 @@ from grokscope.run.sampling import Sampling
 from grokscope.run.staging import Hooks, Place, places_of
 from grokscope.run.steps import COLUMNS, DecodeState
 
-BLOCKS = (1, 32, 64, 128, 256, 512)  # query lengths that are compiled
 BATCH_SIZE = 8  # slots, unless the caller says otherwise
 TOGETHER = 32768  # tokens of prompts that share a reading of streamed layers
 ROWS = 16  # prompts that run together at most
@@ -86,15 +85,21 @@ class Job:
             self.finish = "length"
 
 
+@functools.cache
+def blocks() -> tuple[int, ...]:
+    """Query lengths that are compiled. An accelerator reads experts once for more rows."""
+    return (1, 32, 64, 128, 256, 512, *(() if jax.default_backend() == "cpu" else (1024, 2048)))
+
+
 def block_lengths(length: int) -> list[int]:
-    """Blocks that hold a prompt: as many of 512 as fit, then the shortest that holds the rest."""
-    full, rest = divmod(length, BLOCKS[-1])
-    return [BLOCKS[-1]] * full + ([min(b for b in BLOCKS if b >= rest)] if rest else [])
+    """Blocks that hold a prompt: as many of the longest as fit, then the shortest that holds the rest."""
+    full, rest = divmod(length, blocks()[-1])
+    return [blocks()[-1]] * full + ([min(b for b in blocks() if b >= rest)] if rest else [])
 
 
 def cache_length(length: int) -> int:
     """Positions of a cache for `length` tokens: a power of two that also holds the padded blocks of a prompt."""
-    return 1 << max(sum(block_lengths(length)) - 1, BLOCKS[1] - 1).bit_length()
+    return 1 << max(sum(block_lengths(length)) - 1, blocks()[1] - 1).bit_length()
 
 
 class _Pass:
@@ -609,7 +614,7 @@ def tokens_of_passes(lengths: list[tuple[int, int]], batch_size: int, mesh: Mesh
 def batches(lengths: list[tuple[int, int]], slots: int) -> list[list[int]]:
     """Numbers of the prompts, of these lengths and limits, that run through the layers together.
 
-    That is each alone, unless it is short: such of one block's length share up to 512 positions, but are not more than
+    That is each alone, unless it is short: such of one block's length share as many positions as the longest block has, but are not more than
     the slots they go to.
     """
     found: list[list[int]] = []
@@ -618,7 +623,7 @@ def batches(lengths: list[tuple[int, int]], slots: int) -> list[list[int]]:
         for prompt in range(begin, min(begin + NEAR, len(lengths))):
             length, limit = lengths[prompt]
             block = block_lengths(length)[0]
-            kind, most = (block, bool(limit)), min(ROWS, BLOCKS[-1] // block, slots if limit else ROWS)
+            kind, most = (block, bool(limit)), min(ROWS, blocks()[-1] // block, slots if limit else ROWS)
             if kind not in filling or len(filling[kind]) == most:
                 filling[kind] = []
                 found.append(filling[kind])
