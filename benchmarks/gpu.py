@@ -3,13 +3,13 @@
     python benchmarks/gpu.py [--layers 8] [--width 6144]
 
 Random int8 weights, bfloat16 activations. Decode reads the active int8 bytes (two experts of eight a token, attention,
-the cache); prefill multiplies by two experts a token, in the blocks of `Grok.generate`. The share is of what this device
-was measured to read, or to multiply, in the same run.
+the cache); prefill multiplies by two experts a token, in the blocks of `Grok.generate`. The share is of what this
+device was measured to read, or to multiply, in the same run.
 
-The second table is of one layer's experts alone, by all candidates: the project's kernel (Pallas), XLA's loop over tiles
-that switches to an expert, `ragged_dot` of matrices dequantised in each call, and what the release does: every expert for
-every copy of a token, dequantised in each call. They are checked against each other. On a CPU all of it runs at any small
-width, to see that it runs.
+The second table is of one layer's experts alone, by all candidates: the project's kernel (Pallas), XLA's loop over
+tiles that switches to an expert, `ragged_dot` of matrices dequantised in each call, and what the release does: every
+expert for every copy of a token, dequantised in each call. They are checked against each other. On a CPU all of it
+runs at any small width, to see that it runs.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from grokscope.run.hooks import PLAIN, Given
 from grokscope.run.steps import DecodeState
 
 BF16 = np.dtype(jnp.bfloat16)
+STEPS = 4
 
 
 def seconds(run, repeats: int = 7) -> float:
@@ -79,30 +80,34 @@ def read_rate(size: int) -> float:
 
 
 def product_rate(n: int) -> float:
-    """bfloat16 operations a second of a large product; of random values, since a card multiplies zeros or ones faster."""
+    """bfloat16 operations a second of a large product, of random values: a card multiplies zeros or ones faster."""
     a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
     multiply = jax.jit(lambda a, b: a @ b)
     return 2 * n**3 / seconds(lambda: multiply(a, b))
 
 
 def decode(config: GrokConfig, layers: list[dict], batch: int, length: int) -> tuple[float, float]:
-    """Seconds a layer of a decode step, and the int8 bytes that it must read (an upper bound: no expert shared)."""
+    """Seconds a layer of a decode step, and the int8 bytes that it must read (an upper bound: no expert shared).
+
+    Several steps in a row, since `Grok.generate` calls a step before it reads the token of the last one.
+    """
     state = dataclasses.replace(DecodeState.idle(batch), live=jnp.ones(batch, bool))
     state = dataclasses.replace(state, positions=jnp.full(batch, length - 1))
     caches = [KVCache.zeros(config, batch, length, BF16) for _ in layers]
     x = jax.random.normal(jax.random.key(1), (batch, 1, config.emb_size), BF16)
     at = Positions.of(config, state.positions, 1)
 
-    def step():
-        y = x
-        for i, params in enumerate(layers):
-            y, caches[i], _ = steps.decode_layer(config, PLAIN, params, y, caches[i], at, state, {}, Given(), 0)
+    def run():
+        for _ in range(STEPS):
+            y = x
+            for i, params in enumerate(layers):
+                y, caches[i], _ = steps.decode_layer(config, PLAIN, params, y, caches[i], at, state, {}, Given(), 0)
         return y
 
     experts = min(config.num_experts, batch * config.num_selected_experts)
     n = config.dims
     weights = 3 * experts * n["D"] * n["F"] + 2 * n["D"] * (n["HC"] + n["GC"])
-    return seconds(step) / len(layers), weights + 4 * batch * length * n["GC"]
+    return seconds(run) / STEPS / len(layers), weights + 4 * batch * length * n["GC"]
 
 
 def prefill(config: GrokConfig, layers: list[dict], tokens: int) -> tuple[float, float]:

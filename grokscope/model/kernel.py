@@ -19,8 +19,25 @@ from jaxtyping import Array, Float, Int
 if TYPE_CHECKING:
     from grokscope.model.quant import QuantizedWeight
 
-PROGRAMS = 2048  # of a product at least: 8 for each place on an H100, so that the last of them leave few empty
-SHORTEST = 1024  # rows of a weight that a program adds up at least
+TINY = 1e-20  # in place of a scale of 0, which nothing can be divided by
+NEAR = 3 << 22  # bytes of rows that tiles running side by side read together: a quarter of an H100's last cache
+
+
+class Shape(NamedTuple):
+    """How one program multiplies. The best of some 60 that were tried on an H100 (benchmarks/LOG.md)."""
+
+    columns: int  # of a weight, of one program
+    depth: int  # rows of a weight that are widened at a time
+    stages: int  # of them that are read ahead
+    programs: int  # at least: sums are cut into parts where there are fewer
+    shortest: int  # rows of a weight that a part adds up at least
+
+
+SHAPES = {
+    16: Shape(columns=256, depth=32, stages=5, programs=1024, shortest=256),
+    64: Shape(columns=128, depth=128, stages=3, programs=1024, shortest=512),
+    128: Shape(columns=128, depth=64, stages=3, programs=512, shortest=1024),
+}
 
 
 @functools.cache
@@ -59,77 +76,92 @@ def products(
     x: Float[Array, "M K"], weights: Sequence["QuantizedWeight"], tiles: Tiles, tile: int
 ) -> Float[Array, "M N"]:
     """Each row times the weight of its tile, scaled and added up in float32; rows of no tile are left undefined."""
+    shape = SHAPES[tile]
     (rows, k), n, groups = x.shape, weights[0].shape[1], weights[0].num_groups
-    columns, depth = 128, 64
-    blocks = pl.cdiv(n, columns)
-    parts = _parts(k, groups, depth, len(tiles.begins) * blocks)
+    num_tiles, blocks = len(tiles.begins), pl.cdiv(n, shape.columns)
+    near = min(max(NEAR // (2 * tile * k), 1), num_tiles)  # tiles that share a weight's columns while these are near
+    parts = _parts(k, groups, num_tiles * blocks, shape)
     stretches, length = max(groups // parts, 1), k // max(groups, parts)  # of one group each
+    sizes = (tile // 2, tile) if tile == 128 and len(weights) > 1 and rows < 512 * len(weights) else (tile,)
 
     def run(numbers, begins, ends, x_ref, *refs):
         *weight_refs, out_ref = refs
-        number, block, part = (pl.program_id(axis) for axis in range(3))
+        part = pl.program_id(2) % parts
+        number = pl.program_id(2) // parts * near + pl.program_id(0)
+        here = number < num_tiles
+        number = jnp.minimum(number, num_tiles - 1)
         begin, end = begins[number], ends[number]
-        of_tile, of_block = pl.ds(begin, tile), pl.ds(block * columns, columns)
-        own_rows = begin + jnp.arange(tile) < end
-        own_columns = block * columns + jnp.arange(columns) < n
+        first = pl.program_id(1) * shape.columns
+        of_block, own_columns = pl.ds(first, shape.columns), _inside(first, shape.columns, n)
 
-        def finish(weight_ref, scales_ref):
-            def stretch(index):
-                start = (part * stretches + index) * length
+        def multiply(size, weight_ref, scales_ref):
+            of_tile, own_rows = pl.ds(begin, size), begin + jnp.arange(size) < end
 
+            def scales(index):
+                group = (part * stretches + index) * length // (k // groups)
+                found = _load(scales_ref.at[pl.ds(group, 1), of_block], None, own_columns).astype(jnp.float32)
+                return jnp.where(found == 0, TINY, found)
+
+            def stretch(index, total):
                 def step(i, total):
-                    at = pl.ds(start + i * depth, depth)
-                    inside = i * depth + jnp.arange(depth) < length
-                    some = _load(x_ref.at[of_tile, at], own_rows, None if length % depth == 0 else inside)
-                    own = _load(
-                        weight_ref.at[at, of_block],
-                        None if length % depth == 0 else inside,
-                        None if n % columns == 0 else own_columns,
-                    )
-                    return total + jnp.dot(some, own.astype(x.dtype), preferred_element_type=jnp.float32)
+                    at = pl.ds((part * stretches + index) * length + i * shape.depth, shape.depth)
+                    own = _inside(i * shape.depth, shape.depth, length)
+                    some = _load(x_ref.at[of_tile, at], own_rows, own)
+                    weight = _load(weight_ref.at[at, of_block], own, own_columns)
+                    return total + jnp.dot(some, weight.astype(x.dtype), preferred_element_type=jnp.float32)
 
-                total = lax.fori_loop(0, pl.cdiv(length, depth), step, jnp.zeros((tile, columns), jnp.float32))
-                scales = _load(scales_ref.at[pl.ds(start // (k // groups), 1), of_block], None, own_columns)
-                return total * scales.astype(jnp.float32)
+                return lax.fori_loop(0, pl.cdiv(length, shape.depth), step, total)
 
-            if stretches == 1:
-                total = stretch(0)
-            else:
-                zeros = jnp.zeros((tile, columns), jnp.float32)
-                total = lax.fori_loop(0, stretches, lambda i, total: total + stretch(i), zeros)
-            own = own_rows[:, None] & own_columns[None]
-            triton.store(out_ref.at[part, of_tile, of_block], total.astype(out_ref.dtype), mask=own)
+            # In units of the group at hand: a sum for each group and one of all do not fit into the registers.
+            def next_(index, total):
+                return stretch(index, total * (scales(jnp.maximum(index - 1, 0)) / scales(index)))
+
+            total = jnp.zeros((size, shape.columns), jnp.float32)
+            total = lax.fori_loop(0, stretches, next_, total) if stretches > 1 else stretch(0, total)
+            total = total * scales(stretches - 1)
+            mask = _mask(own_rows, own_columns, total.shape)
+            triton.store(out_ref.at[part, of_tile, of_block], total.astype(out_ref.dtype), mask=mask)
 
         for e in range(len(weights)):  # one after the other: branches of a switch would each keep their own memory
-            pl.when((numbers[number] == e) & (begin < end))(functools.partial(finish, *weight_refs[2 * e : 2 * e + 2]))
+            for size, smaller in zip(sizes, (0, *sizes), strict=False):
+                own = here & (numbers[number] == e) & (end - begin > smaller)
+                own = own & (end - begin <= size)
+                pl.when(own)(functools.partial(multiply, size, *weight_refs[2 * e : 2 * e + 2]))
 
-    warps, stages = 4, 4 if tile <= 64 else 3
     out = pl.pallas_call(
         run,
-        grid=(len(tiles.begins), blocks, parts),
+        grid=(near, blocks, pl.cdiv(num_tiles, near) * parts),
         out_shape=jax.ShapeDtypeStruct((parts, rows, n), x.dtype if parts == 1 else jnp.float32),
-        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=shape.stages),
         interpret=jax.default_backend() == "cpu",
         name="int8_products",
     )(*tiles, x, *(a for w in weights for a in (w.weight, w.scales)))
     return out[0] if parts == 1 else out.sum(0).astype(x.dtype)
 
 
-def _parts(k: int, groups: int, depth: int, programs: int) -> int:
+def _parts(k: int, groups: int, programs: int, shape: Shape) -> int:
     """Into how many parts the sums of a product are cut: each of whole groups, or a part of one."""
     parts = 1
-    while parts * programs < PROGRAMS and k >= 2 * parts * SHORTEST:
+    while parts * programs < shape.programs and k >= 2 * parts * shape.shortest:
         more = 2 * parts
-        if groups % more and (more % groups or k % (more * depth)):
+        if groups % more and (more % groups or k % (more * shape.depth)):
             break
         parts = more
     return parts
 
 
-def _load(ref, rows, columns) -> Array:
-    """A block, 0 where the masks say so; None is all."""
-    if rows is None and columns is None:
-        return triton.load(ref)
-    masks = [m for m in (rows if rows is None else rows[:, None], columns if columns is None else columns[None]) if m is not None]
-    mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), ref.shape)
-    return triton.load(ref, mask=mask, other=0)
+def _inside(first, size: int, whole: int) -> Array | None:
+    """Which of first .. + size lie within the whole; None if all do, wherever it is cut."""
+    return None if whole % size == 0 else first + jnp.arange(size) < whole
+
+
+def _mask(rows: Array | None, columns: Array | None, shape: tuple[int, ...]) -> Array | None:
+    """Which of a block is meant; None is all."""
+    masks = [m[at] for m, at in ((rows, (slice(None), None)), (columns, (None,))) if m is not None]
+    return jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), shape) if masks else None
+
+
+def _load(ref, rows: Array | None, columns: Array | None) -> Array:
+    """A block, 0 where it is not meant."""
+    mask = _mask(rows, columns, ref.shape)
+    return triton.load(ref) if mask is None else triton.load(ref, mask=mask, other=0)

@@ -22,8 +22,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from grokscope.config import GrokConfig
-from grokscope.model.params import PARAMS, initializer
 from grokscope.model import kernel
+from grokscope.model.params import PARAMS, initializer
 from grokscope.model.quant import HIGHEST, QuantizedWeight, Weight, in_kernel, matmul, widened_in_parts
 from grokscope.model.sharding import axis_size, constrain, on_one_device, per_shard, spec, zeros
 from grokscope.model.taps import tap, watched
@@ -309,12 +309,12 @@ def tile_size(num_tokens: int, kept: Weight) -> int:
     """Rows that one product of an expert takes, of weights kept like this one: fixed by the shape of the call, never by
     how tokens are routed.
 
-    On an accelerator of int8 a tile is one of the kernel's, by what an expert does on average (of 2 in 8); without the
-    kernel an expert is read once for all tokens of a decode step, and of more rows takes half to all of that average. On
-    CPU few rows go one by one: such a product reads fastest, and a second row
-    finds the matrix in the cache; eight go by fours, as int8 does, which is widened for every tile. Then a tile takes
-    the average of an expert up to 40 rows, which waste few of their own and amortise reading the matrix (64 where it is
-    widened a part at a time), and three eighths of it where that is more: best or near it at all sizes tried.
+    The kernel for int8 has tiles of its own. Any other accelerator reads an expert once for all tokens of a decode
+    step; of more rows a tile takes half to all of what an expert does on average (of 2 in 8). On CPU few rows go one by
+    one: such a product reads fastest, and a second row finds the matrix in the cache; eight go by fours, as int8 does,
+    which is widened for every tile. Then a tile takes the average of an expert up to 40 rows, which waste few of their
+    own and amortise reading the matrix (64 where it is widened a part at a time), and three eighths of it where that is
+    more: best or near it at all sizes tried.
     """
     if kernel.available() and isinstance(kept, QuantizedWeight):
         return kernel.tile_size(num_tokens // 4)
@@ -347,9 +347,7 @@ def by_expert(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def in_loop(
-    fn, tile: int, rows: Float[Array, "M X"], weights: tuple[tuple[Weight, ...], ...], groups: Groups
-) -> Array:
+def in_loop(fn, tile: int, rows: Float[Array, "M X"], weights: tuple[tuple[Weight, ...], ...], groups: Groups) -> Array:
     """`by_expert` without a kernel.
 
     One loop over all tiles, each of which switches to its expert. (A loop for each expert compiles 1.2 times as long;
@@ -489,7 +487,8 @@ class Experts(Module):
         pack = per_shard(functools.partial(as_sorted, gates[0]), (by_choice, tokens), of_hidden)
         hidden = tap("expert_hidden", hidden, lambda h: unpack(h, chosen, pairs), lambda h: pack(h, pairs))
         experts = tuple((downs[e],) for e in range(num_experts))
-        run = per_shard(functools.partial(run_down, gates[0]), (of_hidden, tokens, tokens, rows), PartitionSpec("model", batch))
+        run = functools.partial(run_down, gates[0])
+        run = per_shard(run, (of_hidden, tokens, tokens, rows), PartitionSpec("model", batch))
         return run(hidden, chosen, pairs, experts)
 
 

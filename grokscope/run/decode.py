@@ -614,8 +614,8 @@ def tokens_of_passes(lengths: list[tuple[int, int]], batch_size: int, mesh: Mesh
 def batches(lengths: list[tuple[int, int]], slots: int) -> list[list[int]]:
     """Numbers of the prompts, of these lengths and limits, that run through the layers together.
 
-    That is each alone, unless it is short: such of one block's length share as many positions as the longest block has, but are not more than
-    the slots they go to.
+    That is each alone, unless it is short: such of one block's length share as many positions as the longest block has,
+    but are not more than the slots they go to.
     """
     found: list[list[int]] = []
     for begin in range(0, len(lengths), NEAR):
