@@ -84,7 +84,7 @@ def products(
     stretches, length = max(groups // parts, 1), k // max(groups, parts)  # of one group each
     sizes = (tile // 2, tile) if tile == 128 and len(weights) > 1 and rows < 512 * len(weights) else (tile,)
 
-    def run(numbers, begins, ends, x_ref, *refs):
+    def run(owners, begins, ends, x_ref, *refs):
         *weight_refs, out_ref = refs
         part = pl.program_id(2) % parts
         number = pl.program_id(2) // parts * near + pl.program_id(0)
@@ -95,7 +95,9 @@ def products(
         of_block, own_columns = pl.ds(first, shape.columns), _inside(first, shape.columns, n)
 
         def multiply(size, weight_ref, scales_ref):
-            of_tile, own_rows = pl.ds(begin, size), begin + jnp.arange(size) < end
+            start = jnp.minimum(begin, max(rows - size, 0))  # rows of others are read too, rather than masked: faster
+            of_tile, numbers = pl.ds(start, size), start + jnp.arange(size)
+            there = None if rows >= size else numbers < rows
 
             def scales(index):
                 group = (part * stretches + index) * length // (k // groups)
@@ -106,7 +108,7 @@ def products(
                 def step(i, total):
                     at = pl.ds((part * stretches + index) * length + i * shape.depth, shape.depth)
                     own = _inside(i * shape.depth, shape.depth, length)
-                    some = _load(x_ref.at[of_tile, at], own_rows, own)
+                    some = _load(x_ref.at[of_tile, at], there, own)
                     weight = _load(weight_ref.at[at, of_block], own, own_columns)
                     return total + jnp.dot(some, weight.astype(x.dtype), preferred_element_type=jnp.float32)
 
@@ -119,12 +121,12 @@ def products(
             total = jnp.zeros((size, shape.columns), jnp.float32)
             total = lax.fori_loop(0, stretches, next_, total) if stretches > 1 else stretch(0, total)
             total = total * scales(stretches - 1)
-            mask = _mask(own_rows, own_columns, total.shape)
+            mask = _mask((begin <= numbers) & (numbers < end), own_columns, total.shape)
             triton.store(out_ref.at[part, of_tile, of_block], total.astype(out_ref.dtype), mask=mask)
 
         for e in range(len(weights)):  # one after the other: branches of a switch would each keep their own memory
             for size, smaller in zip(sizes, (0, *sizes), strict=False):
-                own = here & (numbers[number] == e) & (end - begin > smaller)
+                own = here & (owners[number] == e) & (end - begin > smaller)
                 own = own & (end - begin <= size)
                 pl.when(own)(functools.partial(multiply, size, *weight_refs[2 * e : 2 * e + 2]))
 
