@@ -87,7 +87,7 @@ def product_rate(n: int) -> float:
 
 
 def decode(config: GrokConfig, layers: list[dict], batch: int, length: int) -> tuple[float, float]:
-    """Seconds a layer of a decode step, and the int8 bytes that it must read (an upper bound: no expert shared).
+    """Seconds a layer of a decode step, and the bytes that it must read: each expert that some row takes once.
 
     Several steps in a row, since `Grok.generate` calls a step before it reads the token of the last one.
     """
@@ -104,9 +104,14 @@ def decode(config: GrokConfig, layers: list[dict], batch: int, length: int) -> t
                 y, caches[i], _ = steps.decode_layer(config, PLAIN, params, y, caches[i], at, state, {}, Given(), 0)
         return y
 
-    experts = min(config.num_experts, batch * config.num_selected_experts)
+    y, taken = x, 0
+    for i, params in enumerate(layers):
+        place = (at, state.tokens[:, None], state.live[:, None])
+        routed, caches[i], _ = steps.attend(config, PLAIN, params, y, caches[i], *place, {}, Given())
+        y, caches[i], _ = steps.decode_layer(config, PLAIN, params, y, caches[i], at, state, {}, Given(), 0)
+        taken += len(np.unique(routed.chosen))
     n = config.dims
-    weights = 3 * experts * n["D"] * n["F"] + 2 * n["D"] * (n["HC"] + n["GC"])
+    weights = 3 * taken / len(layers) * n["D"] * n["F"] + 2 * n["D"] * (n["HC"] + n["GC"])
     return seconds(run) / STEPS / len(layers), weights + 4 * batch * length * n["GC"]
 
 

@@ -75,6 +75,8 @@ def test_the_model_is_the_same_with_and_without(in_kernel, monkeypatch):
 
 
 def test_a_mesh_uses_it_on_each_device(in_kernel):
+    if len(jax.devices()) == 1:
+        pytest.skip("this machine has one GPU")
     whole = gs.load(numerics="bfloat16", weights="int8").trace(PROMPT, capture="moe_out")
     cut = gs.load(numerics="bfloat16", weights="int8", mesh="1x2").trace(PROMPT, capture="moe_out")
     np.testing.assert_allclose(cut.logprobs[1:], whole.logprobs[1:], atol=0.1)
