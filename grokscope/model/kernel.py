@@ -3,9 +3,12 @@ cores, for rows that go to different experts as for rows that all take one weigh
 
 XLA alone copies weights of several scale groups as float32, and runs experts in a loop that asks the host what is next.
 Rows of different experts lie in tiles; tiles of one expert run side by side, so that they share what they read.
+
+It is written for Pallas's Triton backend, which jax 0.11 deprecates and this project's jax (below 0.12) has.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,7 +22,7 @@ from jaxtyping import Array, Float, Int
 if TYPE_CHECKING:
     from grokscope.model.quant import QuantizedWeight
 
-TINY = 1e-20  # in place of a scale of 0, which nothing can be divided by
+TINY = 1e-20  # in place of smaller scales, which nothing can be divided by
 NEAR = 3 << 22  # bytes of rows that tiles running side by side read together: a quarter of an H100's last cache
 
 
@@ -75,7 +78,16 @@ class Tiles(NamedTuple):
 def products(
     x: Float[Array, "M K"], weights: Sequence["QuantizedWeight"], tiles: Tiles, tile: int
 ) -> Float[Array, "M N"]:
-    """Each row times the weight of its tile, scaled and added up in float32; rows of no tile are left undefined."""
+    """Each row times the weight of its tile, scaled and added up in float32, in the type of x.
+
+    Args:
+      x: bfloat16.
+      weights: alike in shape and groups.
+      tiles: of no more than `tile` rows each.
+
+    Returns:
+      Rows of no tile are undefined.
+    """
     shape = SHAPES[tile]
     (rows, k), n, groups = x.shape, weights[0].shape[1], weights[0].num_groups
     num_tiles, blocks = len(tiles.begins), pl.cdiv(n, shape.columns)
@@ -95,14 +107,14 @@ def products(
         of_block, own_columns = pl.ds(first, shape.columns), _inside(first, shape.columns, n)
 
         def multiply(size, weight_ref, scales_ref):
-            start = jnp.minimum(begin, max(rows - size, 0))  # rows of others are read too, rather than masked: faster
+            start = jnp.minimum(begin, max(rows - size, 0))  # others' rows are read too: faster than masking them
             of_tile, numbers = pl.ds(start, size), start + jnp.arange(size)
             there = None if rows >= size else numbers < rows
 
             def scales(index):
                 group = (part * stretches + index) * length // (k // groups)
                 found = _load(scales_ref.at[pl.ds(group, 1), of_block], None, own_columns).astype(jnp.float32)
-                return jnp.where(found == 0, TINY, found)
+                return jnp.where(jnp.abs(found) < TINY, TINY, found)
 
             def stretch(index, total):
                 def step(i, total):
@@ -125,9 +137,8 @@ def products(
             triton.store(out_ref.at[part, of_tile, of_block], total.astype(out_ref.dtype), mask=mask)
 
         for e in range(len(weights)):  # one after the other: branches of a switch would each keep their own memory
-            for size, smaller in zip(sizes, (0, *sizes), strict=False):
-                own = here & (owners[number] == e) & (end - begin > smaller)
-                own = own & (end - begin <= size)
+            for smaller, size in itertools.pairwise((0, *sizes)):
+                own = here & (owners[number] == e) & (smaller < end - begin) & (end - begin <= size)
                 pl.when(own)(functools.partial(multiply, size, *weight_refs[2 * e : 2 * e + 2]))
 
     out = pl.pallas_call(
