@@ -56,7 +56,7 @@ def tile_size(rows_each: int) -> int:
 
 
 class Tiles(NamedTuple):
-    """The rows begin .. end of a tile and the weight that they take: int32 [N] each; idle ones end where they begin."""
+    """The rows begin .. end of a tile and the weight that they take, int32 [N] each; of an idle one end <= begin."""
 
     weights: jax.Array
     begins: jax.Array
@@ -72,7 +72,7 @@ class Tiles(NamedTuple):
         weights = jnp.minimum(jnp.sum(numbers[:, None] >= behind, axis=1), len(counts) - 1)
         first = begins[weights] + (numbers - (behind - tiles)[weights]) * tile
         last = jnp.minimum(first + tile, (begins + counts)[weights])
-        return cls(weights, first, jnp.where(numbers < behind[-1], last, first))
+        return cls(weights, first, last)
 
 
 def products(
