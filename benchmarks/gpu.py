@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import statistics
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,14 +38,29 @@ BF16 = np.dtype(jnp.bfloat16)
 STEPS = 4
 
 
-def seconds(run, repeats: int = 7) -> float:
-    """Median of a call that gives something to wait for; two calls warm up."""
+class Timed(NamedTuple):
+    """Seconds of a call."""
+
+    whole: float
+    called: float  # until this process has it back
+    first: float  # the first time, compiled or read from disk
+
+
+def timed(run, repeats: int = 7) -> Timed:
+    """Medians of a call that gives something to wait for; two calls warm up."""
     times = []
     for _ in range(repeats + 2):
         begin = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[2:])
+        found = run()
+        called = time.perf_counter() - begin
+        jax.block_until_ready(found)
+        times.append((time.perf_counter() - begin, called))
+    whole, called = (statistics.median(column) for column in zip(*times[2:], strict=True))
+    return Timed(whole, called, times[0][0])
+
+
+def seconds(run, repeats: int = 7) -> float:
+    return timed(run, repeats).whole
 
 
 def random_layer(config: GrokConfig, key: jax.Array) -> dict:
@@ -86,8 +102,8 @@ def product_rate(n: int) -> float:
     return 2 * n**3 / seconds(lambda: multiply(a, b))
 
 
-def decode(config: GrokConfig, layers: list[dict], batch: int, length: int) -> tuple[float, float]:
-    """Seconds a layer of a decode step, and the bytes that it must read: each expert that some row takes once.
+def decode(config: GrokConfig, layers: list[dict], batch: int, length: int) -> tuple[Timed, int, float]:
+    """So many layers of decode steps, and the bytes a layer must read: each expert that some row takes once.
 
     Several steps in a row, since `Grok.generate` calls a step before it reads the token of the last one.
     """
@@ -104,7 +120,7 @@ def decode(config: GrokConfig, layers: list[dict], batch: int, length: int) -> t
                 y, caches[i], _ = steps.decode_layer(config, PLAIN, params, y, caches[i], at, state, {}, Given(), 0)
         return y
 
-    y, taken = x, 0
+    times, y, taken = timed(run), x, 0
     for i, params in enumerate(layers):
         place = (at, state.tokens[:, None], state.live[:, None])
         routed, caches[i], _ = steps.attend(config, PLAIN, params, y, caches[i], *place, {}, Given())
@@ -112,11 +128,11 @@ def decode(config: GrokConfig, layers: list[dict], batch: int, length: int) -> t
         taken += len(np.unique(routed.chosen))
     n = config.dims
     weights = 3 * taken / len(layers) * n["D"] * n["F"] + 2 * n["D"] * (n["HC"] + n["GC"])
-    return seconds(run) / STEPS / len(layers), weights + 4 * batch * length * n["GC"]
+    return times, STEPS * len(layers), weights + 4 * batch * length * n["GC"]
 
 
-def prefill(config: GrokConfig, layers: list[dict], tokens: int) -> tuple[float, float]:
-    """Seconds a layer of a prompt, and its useful operations."""
+def prefill(config: GrokConfig, layers: list[dict], tokens: int) -> tuple[Timed, int, float]:
+    """So many layers over a prompt, and the useful operations of each."""
     sizes = block_lengths(tokens)
     xs = [jax.random.normal(jax.random.key(i), (1, n, config.emb_size), BF16) for i, n in enumerate(sizes)]
     starts = np.cumsum([0, *sizes[:-1]])
@@ -133,7 +149,7 @@ def prefill(config: GrokConfig, layers: list[dict], tokens: int) -> tuple[float,
 
     n = config.dims
     weights = 3 * config.num_selected_experts * n["D"] * n["F"] + 2 * n["D"] * (n["HC"] + n["GC"])
-    return seconds(run, 3) / len(layers), tokens * (2 * weights + 2 * tokens * n["HC"])
+    return timed(run, 3), len(layers), tokens * (2 * weights + 2 * tokens * n["HC"])
 
 
 def in_ragged_dot(fn, tile: int, rows, weights, groups):
@@ -193,13 +209,18 @@ def main() -> None:
     print(f"reads {read / 1e9:.1f} GB/s, bfloat16 products {product / 1e12:.2f} T/s")
     print(f"{args.layers} layers, D {config.emb_size}, F {config.ffn_size}, int8\n")
     layers = [random_layer(config, jax.random.key(i)) for i in range(args.layers)]
-    print(f"{'':24}{'ms a layer':>12}{'of the limit':>14}")
+    print(f"{'':24}{'ms a layer':>12}{'of the limit':>14}{'ms to call it':>15}{'first call, s':>15}")
+
+    def row(name: str, measured: tuple[Timed, int, float], rate: float) -> None:
+        times, count, each = measured
+        share = each * count / times.whole / rate
+        called = 1e3 * times.called / count
+        print(f"{name:24}{1e3 * times.whole / count:12.3f}{share:14.2f}{called:15.3f}{times.first:15.1f}", flush=True)
+
     for batch in (1, 8, 64):
-        time_, count = decode(config, layers, batch, 2048)
-        print(f"{f'decode, batch {batch}':24}{1e3 * time_:12.3f}{count / time_ / read:14.2f}", flush=True)
+        row(f"decode, batch {batch}", decode(config, layers, batch, 2048), read)
     for tokens in (1024, 8192):
-        time_, count = prefill(config, layers, tokens)
-        print(f"{f'prefill, {tokens} tokens':24}{1e3 * time_:12.2f}{count / time_ / product:14.2f}", flush=True)
+        row(f"prefill, {tokens} tokens", prefill(config, layers, tokens), product)
     print("\nexperts of one layer, ms (difference to released)")
     for tokens in (1, 8, 64, 1024):
         of_ways = candidates(config, layers[0], tokens)

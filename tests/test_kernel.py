@@ -87,3 +87,19 @@ def test_rows_of_no_expert_become_nothing(in_kernel):
     grok = gs.load(numerics="bfloat16", weights="int8")
     poisoned = grok.generate(PROMPT[:20], max_new_tokens=3, capture="attn_z")
     assert np.isfinite(np.asarray(poisoned["attn_z"], np.float32)).all()
+
+
+def test_streamed_experts_are_multiplied_as_resident_ones(in_kernel):
+    """An expert that is not there is stood in for by another, which no tile may take."""
+    held = gs.load(numerics="bfloat16", weights="int8").trace(PROMPT, capture="expert_out")
+    streamed = gs.load(numerics="bfloat16", weights="streamed", memory="6MB").trace(PROMPT, capture="expert_out")
+    np.testing.assert_array_equal(streamed["expert_out"], held["expert_out"])
+
+
+def test_an_edit_between_the_two_products(in_kernel):
+    """Hidden values are unpacked by token, edited, and packed by expert again."""
+    grok = gs.load(numerics="bfloat16", weights="int8")
+    plain = grok.trace(PROMPT, capture="expert_out")["expert_out"]
+    with grok.edits(gs.scale("expert_hidden", 2.0, layers=0)):
+        doubled = grok.trace(PROMPT, capture="expert_out")["expert_out"]
+    np.testing.assert_array_equal(doubled[0], 2 * plain[0])
