@@ -224,8 +224,8 @@ def main() -> None:
     print("\nexperts of one layer, ms (difference to released)")
     for tokens in (1, 8, 64, 1024):
         of_ways = candidates(config, layers[0], tokens)
-        row = [f"{name} {1e3 * time_:.3f} ({apart:.0e})" for name, (time_, apart) in of_ways.items()]
-        print(f"{f'{tokens} tokens':12}" + "   ".join(row), flush=True)
+        cells = [f"{name} {1e3 * time_:.3f} ({apart:.0e})" for name, (time_, apart) in of_ways.items()]
+        print(f"{f'{tokens} tokens':12}" + "   ".join(cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ NEAR = 3 << 22  # bytes of rows that tiles running side by side read together: a
 
 
 class Shape(NamedTuple):
-    """How one program multiplies. The best of some 60 that were tried on an H100 (benchmarks/LOG.md)."""
+    """How one program multiplies. The best of those that were tried on an H100 (benchmarks/LOG.md)."""
 
     columns: int  # of a weight, of one program
     depth: int  # rows of a weight that are widened at a time
@@ -75,6 +75,45 @@ class Tiles(NamedTuple):
         return cls(weights, first, last)
 
 
+class Cut(NamedTuple):
+    """How a product of [rows, K] and [K, N] is cut into programs."""
+
+    shape: Shape
+    rows: int
+    n: int
+    group: int  # rows of a weight that share scales
+    num_tiles: int
+    near: int  # tiles that run side by side and read the same columns
+    parts: int  # that a sum is cut into
+    stretches: int  # of a part, each of one group
+    length: int  # of a stretch
+    sizes: tuple[int, ...]  # a tile multiplies the least of these that holds its rows
+
+    @classmethod
+    def of(cls, tile: int, num_tiles: int, rows: int, weights: Sequence["QuantizedWeight"]) -> "Cut":
+        shape, (k, n), groups = SHAPES[tile], weights[0].shape, weights[0].num_groups
+        near = min(max(NEAR // (2 * tile * k), 1), num_tiles)
+        parts = _parts(k, groups, num_tiles * pl.cdiv(n, shape.columns), shape)
+        # Where experts have few tiles the last ones, often not half full, are much of all; else two sizes are slower.
+        halves = tile == 128 and len(weights) > 1 and rows < 512 * len(weights)
+        sizes = (tile // 2, tile) if halves else (tile,)
+        stretches, length = max(groups // parts, 1), k // max(groups, parts)
+        return cls(shape, rows, n, k // groups, num_tiles, near, parts, stretches, length, sizes)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.near, pl.cdiv(self.n, self.shape.columns), pl.cdiv(self.num_tiles, self.near) * self.parts
+
+
+class Place(NamedTuple):
+    """What a program is for: rows begin .. end, columns from `first` on, one part of the sum."""
+
+    begin: jax.Array
+    end: jax.Array
+    first: jax.Array
+    part: jax.Array
+
+
 def products(
     x: Float[Array, "M K"], weights: Sequence["QuantizedWeight"], tiles: Tiles, tile: int
 ) -> Float[Array, "M N"]:
@@ -82,74 +121,68 @@ def products(
 
     Args:
       x: bfloat16.
-      weights: alike in shape and groups.
-      tiles: of no more than `tile` rows each.
+      weights: [K, N] each, alike in groups.
+      tiles: of no more than `tile` rows each, 16, 64 or 128.
 
     Returns:
       Rows of no tile are undefined.
     """
-    shape = SHAPES[tile]
-    (rows, k), n, groups = x.shape, weights[0].shape[1], weights[0].num_groups
-    num_tiles, blocks = len(tiles.begins), pl.cdiv(n, shape.columns)
-    near = min(max(NEAR // (2 * tile * k), 1), num_tiles)  # tiles that share a weight's columns while these are near
-    parts = _parts(k, groups, num_tiles * blocks, shape)
-    stretches, length = max(groups // parts, 1), k // max(groups, parts)  # of one group each
-    sizes = (tile // 2, tile) if tile == 128 and len(weights) > 1 and rows < 512 * len(weights) else (tile,)
-
-    def run(owners, begins, ends, x_ref, *refs):
-        *weight_refs, out_ref = refs
-        part = pl.program_id(2) % parts
-        number = pl.program_id(2) // parts * near + pl.program_id(0)
-        here = number < num_tiles
-        number = jnp.minimum(number, num_tiles - 1)
-        begin, end = begins[number], ends[number]
-        first = pl.program_id(1) * shape.columns
-        of_block, own_columns = pl.ds(first, shape.columns), _inside(first, shape.columns, n)
-
-        def multiply(size, weight_ref, scales_ref):
-            start = jnp.minimum(begin, max(rows - size, 0))  # others' rows are read too: faster than masking them
-            of_tile, numbers = pl.ds(start, size), start + jnp.arange(size)
-            there = None if rows >= size else numbers < rows
-
-            def scales(index):
-                group = (part * stretches + index) * length // (k // groups)
-                found = _load(scales_ref.at[pl.ds(group, 1), of_block], None, own_columns).astype(jnp.float32)
-                return jnp.where(jnp.abs(found) < TINY, TINY, found)
-
-            def stretch(index, total):
-                def step(i, total):
-                    at = pl.ds((part * stretches + index) * length + i * shape.depth, shape.depth)
-                    own = _inside(i * shape.depth, shape.depth, length)
-                    some = _load(x_ref.at[of_tile, at], there, own)
-                    weight = _load(weight_ref.at[at, of_block], own, own_columns)
-                    return total + jnp.dot(some, weight.astype(x.dtype), preferred_element_type=jnp.float32)
-
-                return lax.fori_loop(0, pl.cdiv(length, shape.depth), step, total)
-
-            # In units of the group at hand: a sum for each group and one of all do not fit into the registers.
-            def next_(index, total):
-                return stretch(index, total * (scales(jnp.maximum(index - 1, 0)) / scales(index)))
-
-            total = jnp.zeros((size, shape.columns), jnp.float32)
-            total = lax.fori_loop(0, stretches, next_, total) if stretches > 1 else stretch(0, total)
-            total = total * scales(stretches - 1)
-            mask = _mask((begin <= numbers) & (numbers < end), own_columns, total.shape)
-            triton.store(out_ref.at[part, of_tile, of_block], total.astype(out_ref.dtype), mask=mask)
-
-        for e in range(len(weights)):  # one after the other: branches of a switch would each keep their own memory
-            for smaller, size in itertools.pairwise((0, *sizes)):
-                own = here & (owners[number] == e) & (smaller < end - begin) & (end - begin <= size)
-                pl.when(own)(functools.partial(multiply, size, *weight_refs[2 * e : 2 * e + 2]))
-
+    cut = Cut.of(tile, len(tiles.begins), len(x), weights)
     out = pl.pallas_call(
-        run,
-        grid=(near, blocks, pl.cdiv(num_tiles, near) * parts),
-        out_shape=jax.ShapeDtypeStruct((parts, rows, n), x.dtype if parts == 1 else jnp.float32),
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=shape.stages),
+        functools.partial(_program, cut),
+        grid=cut.grid,
+        out_shape=jax.ShapeDtypeStruct((cut.parts, cut.rows, cut.n), x.dtype if cut.parts == 1 else jnp.float32),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=cut.shape.stages),
         interpret=jax.default_backend() == "cpu",
         name="int8_products",
     )(*tiles, x, *(a for w in weights for a in (w.weight, w.scales)))
-    return out[0] if parts == 1 else out.sum(0).astype(x.dtype)
+    return out[0] if cut.parts == 1 else out.sum(0).astype(x.dtype)
+
+
+def _program(cut: Cut, owners, begins, ends, x, *refs) -> None:
+    """One tile's rows times some columns of its weight; refs: weight and scales of each expert, and the output."""
+    *weights, out = refs
+    number = pl.program_id(2) // cut.parts * cut.near + pl.program_id(0)
+    here = number < cut.num_tiles
+    number = jnp.minimum(number, cut.num_tiles - 1)
+    place = Place(begins[number], ends[number], pl.program_id(1) * cut.shape.columns, pl.program_id(2) % cut.parts)
+    for e in range(len(weights) // 2):  # one after the other: branches of a switch would each keep their own memory
+        for smaller, size in itertools.pairwise((0, *cut.sizes)):
+            own = here & (owners[number] == e) & (smaller < place.end - place.begin) & (place.end - place.begin <= size)
+            pl.when(own)(functools.partial(_multiply, cut, size, place, x, *weights[2 * e : 2 * e + 2], out))
+
+
+def _multiply(cut: Cut, size: int, place: Place, x, weight, scales, out) -> None:
+    begin, end, first, part = place
+    of_block, own_columns = pl.ds(first, cut.shape.columns), _inside(first, cut.shape.columns, cut.n)
+    start = jnp.minimum(begin, max(cut.rows - size, 0))  # others' rows are read too: faster than masking them
+    of_tile, numbers = pl.ds(start, size), start + jnp.arange(size)
+    there = None if cut.rows >= size else numbers < cut.rows
+
+    def scales_of(index):
+        group = (part * cut.stretches + index) * cut.length // cut.group
+        found = _load(scales.at[pl.ds(group, 1), of_block], None, own_columns).astype(jnp.float32)
+        return jnp.where(jnp.abs(found) < TINY, TINY, found)
+
+    def stretch(index, total):
+        def step(i, total):
+            at = pl.ds((part * cut.stretches + index) * cut.length + i * cut.shape.depth, cut.shape.depth)
+            own = _inside(i * cut.shape.depth, cut.shape.depth, cut.length)
+            some = _load(x.at[of_tile, at], there, own)
+            wide = _load(weight.at[at, of_block], own, own_columns).astype(x.dtype)
+            return total + jnp.dot(some, wide, preferred_element_type=jnp.float32)
+
+        return lax.fori_loop(0, pl.cdiv(cut.length, cut.shape.depth), step, total)
+
+    # In units of the group at hand: a sum for each group and one of all do not fit into the registers.
+    def in_units(index, total):
+        return stretch(index, total * (scales_of(jnp.maximum(index - 1, 0)) / scales_of(index)))
+
+    total = jnp.zeros((size, cut.shape.columns), jnp.float32)
+    total = lax.fori_loop(0, cut.stretches, in_units, total) if cut.stretches > 1 else stretch(0, total)
+    total = total * scales_of(cut.stretches - 1)
+    mask = _mask((begin <= numbers) & (numbers < end), own_columns, total.shape)
+    triton.store(out.at[part, of_tile, of_block], total.astype(out.dtype), mask=mask)
 
 
 def _parts(k: int, groups: int, programs: int, shape: Shape) -> int:

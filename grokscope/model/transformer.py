@@ -165,15 +165,20 @@ class Positions(NamedTuple):
         return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def at_a_time() -> tuple[int, int]:
-    """Scores or logits, and keys of a long cache. An accelerator waits for the host between parts: a few large ones."""
-    return (AT_ONCE, KEYS) if jax.default_backend() == "cpu" else (1 << 28, 2048)
+def values_at_once() -> int:
+    """Attention scores or logits of a part. On an accelerator few large parts: the host is asked between them."""
+    return AT_ONCE if jax.default_backend() == "cpu" else 1 << 28
+
+
+def keys_at_once() -> int:
+    """Keys of a long cache, likewise."""
+    return KEYS if jax.default_backend() == "cpu" else 2048
 
 
 def in_parts(fn, each: int, *args: Array) -> Array:
-    """fn(*args), arrays over [B, T], for as many positions at a time as make `at_a_time` values of `each` position."""
+    """fn(*args), arrays over [B, T], for as many positions at a time as make `values_at_once` of `each` a position."""
     batch, length = args[0].shape[:2]
-    block = 1 << max(at_a_time()[0] // each, MIN_BLOCK).bit_length() - 1
+    block = 1 << max(values_at_once() // each, MIN_BLOCK).bit_length() - 1
     if block >= length or length % block:
         return fn(*args)
     parts = tuple(jnp.moveaxis(a.reshape(batch, -1, block, *a.shape[2:]), 1, 0) for a in args)
@@ -220,7 +225,7 @@ class Attention(Module):
             return self.read_whole(q, k, v, positions)
         if q.shape[1] == k.shape[2]:
             return self.read_own(q, k, v, positions)
-        _, keys = at_a_time()
+        keys = keys_at_once()
         if q.shape[1] == 1 or k.shape[2] <= 2 * keys:
             return self.read_together(q, k, v, positions)
 
@@ -255,7 +260,7 @@ class Attention(Module):
         to 0.6 of the time, measured). Scores are capped: their exponentials need no largest one to begin with.
         """
         batch, length, heads, channels = q.shape
-        _, keys = at_a_time()
+        keys = keys_at_once()
 
         def some(index, carry):
             total, z = carry
@@ -336,6 +341,7 @@ def by_expert(
     fn, tile: int, rows: Float[Array, "M X"], weights: tuple[tuple[Weight, ...], ...], groups: Groups
 ) -> Array:
     """fn(rows of expert e, *weights[e]) for every expert, [M, Y]: each runs as many tiles as it has rows for, or none.
+    fn is `gate_and_up` or `down`.
 
     M is all rows that there may be, and what is to spare. Those of no expert become 0.
     """
@@ -402,10 +408,12 @@ in_loop.defvjp(_in_loop_forward, _in_loop_backward)
 
 
 def gate_and_up(rows: Float[Array, "*N D"], gate, up, multiply=matmul) -> Float[Array, "*N F"]:
+    """By one expert; with a `multiply` that takes the weights of all, by each row's own."""
     return jax.nn.gelu(multiply(rows, gate), approximate=True) * multiply(rows, up)
 
 
 def down(hidden: Float[Array, "*N F"], weight, multiply=matmul) -> Float[Array, "*N D"]:
+    """As `gate_and_up`."""
     return multiply(hidden, weight)
 
 

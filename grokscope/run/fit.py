@@ -17,7 +17,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from grokscope import look
 from grokscope.checkpoint.weights import described, device_bytes, stored_bytes
@@ -139,9 +139,10 @@ def _compiled_apart(config: GrokConfig, asked: list[str], context: int, batch: i
     return json.loads(done.stdout)
 
 
-def temporaries(config: GrokConfig, mesh: str, context: int, batch: int, numerics: str, form) -> int:
-    """The most that a layer over a block of a prompt, a decode step's layer, or the head needs beside its inputs."""
-    devices = make_mesh(mesh, config)
+def lowered(
+    config: GrokConfig, devices: Mesh, context: int, batch: int, numerics: str, form
+) -> dict[str, jax.stages.Lowered]:
+    """A layer over a prompt's first block, a decode step's layer, and the two uses of the head, from shapes alone."""
     dtype = np.dtype(numerics)
     _, slots, length, prefilled = _shapes(context, batch, devices)
 
@@ -175,15 +176,20 @@ def temporaries(config: GrokConfig, mesh: str, context: int, batch: int, numeric
     x, step = array("BTD", (*tokens.shape, config.emb_size)), array("BTD", (slots, 1, config.emb_size))
     layer, ends = params(LAYER_PARAMS), params(GLOBAL_PARAMS)
     with on(devices):
-        compiled = [
-            steps.layer.lower(config, PLAIN, layer, x, cache(prefilled, cache_length(context - 1)), *at),
-            steps.decode_layer.lower(
+        return {
+            "prompt": steps.layer.lower(config, PLAIN, layer, x, cache(prefilled, cache_length(context - 1)), *at),
+            "step": steps.decode_layer.lower(
                 config, PLAIN, layer, step, cache(slots, length), places(slots, 1), state, {}, Given(), 0
             ),
-            steps.score.lower(config, PLAIN, ends, x, at[1], *at),
-            steps.readout.lower(config, PLAIN, method, ends, step, state, rows, {}, Given(), 0),
-        ]
-        analyses = [one.compile().memory_analysis() for one in compiled]
+            "score": steps.score.lower(config, PLAIN, ends, x, at[1], *at),
+            "readout": steps.readout.lower(config, PLAIN, method, ends, step, state, rows, {}, Given(), 0),
+        }
+
+
+def temporaries(config: GrokConfig, mesh: str, context: int, batch: int, numerics: str, form) -> int:
+    """The most that one of these needs beside its inputs."""
+    ready = lowered(config, make_mesh(mesh, config), context, batch, numerics, form)
+    analyses = [one.compile().memory_analysis() for one in ready.values()]
     return max(found.temp_size_in_bytes for found in analyses if found is not None)
 
 
