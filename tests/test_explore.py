@@ -21,8 +21,10 @@ def stream(*args, on_token, **options):
     return gs.Grok.stream(grok, *args, on_token=lambda event: (time.sleep(0.02), on_token(event)), **options)
 grok.stream = stream
 app = gs.explore(grok)
+hello = app._on_hello
+app._on_hello = lambda: (time.sleep(1), hello())
 app
-"""  # 900 tokens are made within a second, which is too soon for a page beside other work to stop them
+"""  # what a busy machine may do; and 900 tokens are made within a second, too soon for a page to stop them
 
 
 @pytest.fixture

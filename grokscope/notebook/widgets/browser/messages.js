@@ -56,6 +56,7 @@ const on = {
     S.state = m.running ? "waiting" : "empty";
     choices();
     palette();
+    root.classList.remove("unknown");
     all();
     if (m.panes.includes("prompt")) tell({ kind: "count", text: d.prompt });
   },

@@ -2,6 +2,7 @@
 
 el.innerHTML = `<div class="gs" tabindex="-1" data-lm-suppress-shortcuts="true"><div class="body">${HTML}</div><div class="tip" id="tip" role="status"></div></div>`;
 const root = el.querySelector(".gs");
+root.classList.add("unknown"); // until the kernel has said what it shows: what is typed before would be lost
 const $ = (s) => root.querySelector(s);
 const css = (n) => getComputedStyle(root).getPropertyValue(n).trim();
 let M0 = null; // the model, as the kernel describes it
