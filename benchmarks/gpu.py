@@ -6,10 +6,11 @@ Random int8 weights, bfloat16 activations. Decode reads the active int8 bytes (t
 the cache); prefill multiplies by two experts a token, in the blocks of `Grok.generate`. The share is of what this
 device was measured to read, or to multiply, in the same run.
 
-The second table is of one layer's experts alone, by all candidates: the project's kernel (Pallas), XLA's loop over
-tiles that switches to an expert, `ragged_dot` of matrices dequantised in each call, and what the release does: every
-expert for every copy of a token, dequantised in each call. They are checked against each other. On a CPU all of it
-runs at any small width, to see that it runs.
+The second table is of one layer's experts alone, by all candidates: the project's kernel (Pallas) with the experts in
+one array, and with a list of them as when they are streamed; XLA's loop over tiles that switches to an expert;
+`ragged_dot` of matrices dequantised in each call; and what the release does: every expert for every copy of a token,
+dequantised in each call. They are checked against each other. On a CPU all of it runs at any small width, to see that
+it runs.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from grokscope.checkpoint.weights import described
 from grokscope.config import GROK_1, GrokConfig
 from grokscope.model import kernel, transformer
 from grokscope.model.params import LAYER_PARAMS
-from grokscope.model.transformer import KVCache, Positions
+from grokscope.model.transformer import ExpertList, KVCache, Positions, each
 from grokscope.run import steps
 from grokscope.run.decode import block_lengths
 from grokscope.run.hooks import PLAIN, Given
@@ -152,13 +153,18 @@ def prefill(config: GrokConfig, layers: list[dict], tokens: int) -> tuple[Timed,
     return timed(run, 3), len(layers), tokens * (2 * weights + 2 * tokens * n["HC"])
 
 
+def in_loop(fn, tile: int, rows, weights, groups):
+    """As transformer.by_expert."""
+    return transformer.in_loop(fn, tile, rows, tuple(zip(*map(each, weights), strict=True)), groups)
+
+
 def in_ragged_dot(fn, tile: int, rows, weights, groups):
     """As transformer.by_expert."""
 
     def multiply(rows, own):
-        return jax.lax.ragged_dot(rows, jnp.stack([dequantized(w, rows.dtype) for w in own]), groups.counts)
+        return jax.lax.ragged_dot(rows, jnp.stack([dequantized(w, rows.dtype) for w in each(own)]), groups.counts)
 
-    return fn(rows, *zip(*weights, strict=True), multiply=multiply)
+    return fn(rows, *weights, multiply=multiply)
 
 
 def candidates(config: GrokConfig, params: dict, tokens: int) -> dict[str, tuple[float, float]]:
@@ -167,26 +173,33 @@ def candidates(config: GrokConfig, params: dict, tokens: int) -> dict[str, tuple
     scores = jax.random.uniform(jax.random.key(2), (tokens, config.num_experts))
     _, chosen = jax.lax.top_k(scores, config.num_selected_experts)
     gates = jnp.full(chosen.shape, 0.4, BF16)
-    own = [tuple(params["layer/experts"][n].experts) for n in ("gate", "up", "down")]
+    stacks = [params["layer/experts"][n] for n in ("gate", "up", "down")]
+    lists = [ExpertList(tuple(each(stack))) for stack in stacks]
 
-    def by(way, x, chosen, gates, own):
+    def by(way, x, chosen, gates, gate, up, down):
         pairs = transformer.sort_pairs(config.num_experts, chosen[None], jnp.ones((1, tokens), bool))
-        tile = transformer.tile_size(tokens, own[0][0])
+        tile = transformer.tile_size(tokens, gate[0])
         rows = jnp.pad(x[pairs.order // config.num_selected_experts], ((0, tile), (0, 0)))
-        hidden = way(transformer.gate_and_up, tile, rows, tuple(zip(own[0], own[1], strict=True)), pairs.groups)
-        out = way(transformer.down, tile, hidden, tuple((w,) for w in own[2]), pairs.groups)
+        hidden = way(transformer.gate_and_up, tile, rows, (gate, up), pairs.groups)
+        out = way(transformer.down, tile, hidden, (down,), pairs.groups)
         return jnp.einsum("nk,nkd->nd", gates, transformer.as_chosen(out, chosen, pairs))
 
-    ways = {"loop": transformer.in_loop, "ragged_dot": in_ragged_dot}
+    def released(x, chosen, gates, *own):
+        return released_experts(x, chosen, gates, *(tuple(each(w)) for w in own))
+
+    ways = {"loop": (in_loop, lists), "ragged_dot": (in_ragged_dot, lists)}
     if kernel.available():
-        ways = {"kernel": transformer.by_expert} | ways
-    runs = {name: jax.jit(functools.partial(by, way)) for name, way in ways.items()}
-    runs["released"] = jax.jit(lambda x, chosen, gates, own: released_experts(x, chosen, gates, *own))
-    found = {name: run(x, chosen, gates, own).astype(jnp.float32) for name, run in runs.items()}
+        ways = {"kernel": (transformer.by_expert, stacks), "kernel, a list": (transformer.by_expert, lists)} | ways
+    runs = {
+        name: functools.partial(jax.jit(functools.partial(by, way)), x, chosen, gates, *own)
+        for name, (way, own) in ways.items()
+    }
+    runs["released"] = functools.partial(jax.jit(released), x, chosen, gates, *lists)
+    found = {name: run().astype(jnp.float32) for name, run in runs.items()}
     right = found["released"]
     return {
         name: (
-            seconds(lambda run=run: [run(x, chosen, gates, own) for _ in range(STEPS)], 5) / STEPS,
+            seconds(lambda run=run: [run() for _ in range(STEPS)], 5) / STEPS,
             float(jnp.max(jnp.abs(found[name] - right)) / jnp.max(jnp.abs(right))),
         )
         for name, run in runs.items()

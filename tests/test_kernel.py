@@ -34,9 +34,8 @@ def in_kernel(monkeypatch):
 )
 def test_rows_are_multiplied_with_the_weight_of_their_tile(experts, k, n, groups, rows, tile):
     rng = np.random.default_rng(0)
-    weights = [quantize(rng.normal(size=(k, n)).astype(np.float32), groups) for _ in range(experts)]
-    for w in weights:
-        w.scales[0, :3] = 0
+    weights = quantize(rng.normal(size=(experts, k, n)).astype(np.float32), groups)
+    weights.scales[:, 0, :3] = 0
     counts = np.bincount(rng.integers(0, max(experts - 1, 1), rows), minlength=experts)  # the last has none
     begins = np.cumsum(counts) - counts
     x = jnp.asarray(rng.normal(size=(rows, k)), jnp.bfloat16)
@@ -45,7 +44,9 @@ def test_rows_are_multiplied_with_the_weight_of_their_tile(experts, k, n, groups
     def products(x, weights, begins, counts):
         return kernel.products(x, weights, kernel.Tiles.of(begins, counts, tile, rows), tile)
 
-    found = np.asarray(products(x, weights, begins, counts), np.float64)
+    found = np.asarray(products(x, [weights], begins, counts), np.float64)
+    alone = products(x, [weights[e][None] for e in range(experts)], begins, counts)
+    np.testing.assert_array_equal(np.asarray(alone, np.float64)[: counts.sum()], found[: counts.sum()])
     for e, (begin, count) in enumerate(zip(begins, counts, strict=True)):
         expected = np.asarray(x[begin : begin + count], np.float64) @ dequantize(weights[e]).astype(np.float64)
         np.testing.assert_allclose(found[begin : begin + count], expected, rtol=2**-8, atol=2**-12 * np.sqrt(k))

@@ -23,6 +23,7 @@ from jax.sharding import AbstractMesh, Mesh
 from grokscope.checkpoint.ckpt0 import Checkpoint, Slot, slots
 from grokscope.checkpoint.tensorfile import Tensor
 from grokscope.config import GrokConfig
+from grokscope.model import kernel
 from grokscope.model.params import GLOBAL_PARAMS, LAYER_PARAMS, Param
 from grokscope.model.quant import QuantizedWeight, Weight, dequantize
 from grokscope.model.sharding import parts, placed
@@ -80,7 +81,8 @@ class Reader:
     def weight(self, slot: Slot) -> Weight | ExpertList:
         """Raises as Checkpoint.read does."""
         tensor = self.checkpoint.read(slot)
-        if slot.param.dims[0] == "E":
+        stacked = tensor.scales is not None and in_one_array(slot.param, self.config, self.dtype, self.form)
+        if slot.param.dims[0] == "E" and not stacked:
             return ExpertList(tuple(self._matrix(slot, tensor, e) for e in range(self.config.num_experts)))
         if slot.param.groups is not None:
             return self._matrix(slot, tensor, ...)
@@ -92,13 +94,15 @@ class Reader:
         return tuple(self._matrix(slot, self.checkpoint.read(slot), number) for slot in slots)
 
     def _matrix(self, slot: Slot, tensor: Tensor, index) -> Weight:
-        weight, dims = tensor.weight[index], slot.param.dims[-2:]
+        weight = tensor.weight[index]
+        dims = slot.param.dims[-weight.ndim :]
         place = functools.partial(self._placed, dims=dims)
         if tensor.scales is None:
             return place(weight.shape, part=lambda at: self._copied(weight[at], self.dtype))
         scales = tensor.scales[index]
-        groups = _groups(len(scales), dims[0], self.config, self.mesh)
-        scales = np.repeat(scales, groups // len(scales), axis=0)
+        stored = scales.shape[-2]
+        groups = _groups(stored, dims[-2], self.config, self.mesh)
+        scales = np.repeat(scales, groups // stored, axis=-2)
         if self.form == "int8":
             return QuantizedWeight(
                 place(weight.shape, part=lambda at: np.ascontiguousarray(weight[at])),
@@ -139,6 +143,12 @@ def _unquantised(param: Param, dtype: np.dtype) -> np.dtype:
     return dtype if (param.module, param.name) == ("embedding", "w") else np.dtype(np.float32)
 
 
+def in_one_array(param: Param, config: GrokConfig, dtype: np.dtype, form: Form) -> bool:
+    """Whether the resident int8 of experts is one array [E, K, N]: where the kernel multiplies with it."""
+    fits = math.prod(param.shape(config)) < kernel.STACKED
+    return param.dims[0] == "E" and form == "int8" and fits and kernel.available() and dtype == ml_dtypes.bfloat16
+
+
 def _groups(stored: int, rows: str, config: GrokConfig, mesh: Mesh | AbstractMesh | None) -> int:
     """Scale groups of a placed matrix: those stored, repeated so that each part of its rows has groups of its own."""
     return math.lcm(stored, parts((rows,), [config.dims[rows[0]]], mesh))
@@ -154,14 +164,17 @@ def described(param: Param, config: GrokConfig, dtype: np.dtype, form: Form, mes
     shape, dims = param.shape(config), param.dims
     if param.groups is None:
         return leaf(shape, _unquantised(param, dtype), dims)
-    (rows, columns), of_matrix = shape[-2:], dims[-2:]
+    stacked = in_one_array(param, config, dtype, form)
+    if not stacked:
+        shape, dims = shape[-2:], dims[-2:]
     if form == "expanded":
-        matrix: Any = leaf((rows, columns), dtype, of_matrix)
+        matrix: Any = leaf(shape, dtype, dims)
     else:
-        groups = _groups(math.gcd(param.groups, rows), of_matrix[0], config, mesh)
-        scales = leaf((groups, columns), ml_dtypes.bfloat16, of_matrix)
-        matrix = QuantizedWeight(leaf((rows, columns), np.int8, of_matrix), scales)
-    return ExpertList((matrix,) * config.num_experts) if dims[0] == "E" else matrix
+        *lead, rows, columns = shape
+        groups = _groups(math.gcd(param.groups, rows), dims[-2], config, mesh)
+        scales = leaf((*lead, groups, columns), ml_dtypes.bfloat16, dims)
+        matrix = QuantizedWeight(leaf(shape, np.int8, dims), scales)
+    return ExpertList((matrix,) * config.num_experts) if param.dims[0] == "E" and not stacked else matrix
 
 
 def device_bytes(tree) -> int:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from grokscope.model.quant import QuantizedWeight
 
 TINY = 1e-20  # in place of smaller scales, which nothing can be divided by
+STACKED = 1 << 31  # values, which Pallas counts in 32 bits
 NEAR = 3 << 22  # bytes of rows that tiles running side by side read together: a quarter of an H100's last cache
 
 
@@ -90,12 +91,13 @@ class Cut(NamedTuple):
     sizes: tuple[int, ...]  # a tile multiplies the least of these that holds its rows
 
     @classmethod
-    def of(cls, tile: int, num_tiles: int, rows: int, weights: Sequence["QuantizedWeight"]) -> "Cut":
-        shape, (k, n), groups = SHAPES[tile], weights[0].shape, weights[0].num_groups
+    def of(cls, tile: int, num_tiles: int, rows: int, stacks: Sequence["QuantizedWeight"]) -> "Cut":
+        shape, (_, k, n), groups = SHAPES[tile], stacks[0].shape, stacks[0].num_groups
+        num_weights = sum(len(stack.weight) for stack in stacks)
         near = min(max(NEAR // (2 * tile * k), 1), num_tiles)
         parts = _parts(k, groups, num_tiles * pl.cdiv(n, shape.columns), shape)
         # Where experts have few tiles the last ones, often not half full, are much of all; else two sizes are slower.
-        halves = tile == 128 and len(weights) > 1 and rows < 512 * len(weights)
+        halves = tile == 128 and num_weights > 1 and rows < 512 * num_weights
         sizes = (tile // 2, tile) if halves else (tile,)
         stretches, length = max(groups // parts, 1), k // max(groups, parts)
         return cls(shape, rows, n, k // groups, num_tiles, near, parts, stretches, length, sizes)
@@ -106,8 +108,9 @@ class Cut(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What a program is for: rows begin .. end, columns from `first` on, one part of the sum."""
+    """What a program is for: a weight of its stack, rows begin .. end, columns from `first` on, a part of the sum."""
 
+    number: jax.Array
     begin: jax.Array
     end: jax.Array
     first: jax.Array
@@ -115,19 +118,20 @@ class Place(NamedTuple):
 
 
 def products(
-    x: Float[Array, "M K"], weights: Sequence["QuantizedWeight"], tiles: Tiles, tile: int
+    x: Float[Array, "M K"], stacks: Sequence["QuantizedWeight"], tiles: Tiles, tile: int
 ) -> Float[Array, "M N"]:
     """Each row times the weight of its tile, scaled and added up in float32, in the type of x.
 
     Args:
       x: bfloat16.
-      weights: [K, N] each, alike in groups.
+      stacks: the weights in order, [some, K, N] each, alike in groups, of less than STACKED values. Each is compiled
+        for, so that many weights are best one stack.
       tiles: of no more than `tile` rows each, 16, 64 or 128.
 
     Returns:
       Rows of no tile are undefined.
     """
-    cut = Cut.of(tile, len(tiles.begins), len(x), weights)
+    cut = Cut.of(tile, len(tiles.begins), len(x), stacks)
     out = pl.pallas_call(
         functools.partial(_program, cut),
         grid=cut.grid,
@@ -135,25 +139,30 @@ def products(
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=cut.shape.stages),
         interpret=jax.default_backend() == "cpu",
         name="int8_products",
-    )(*tiles, x, *(a for w in weights for a in (w.weight, w.scales)))
+    )(*tiles, x, *(a for stack in stacks for a in (stack.weight, stack.scales)))
     return out[0] if cut.parts == 1 else out.sum(0).astype(x.dtype)
 
 
 def _program(cut: Cut, owners, begins, ends, x, *refs) -> None:
-    """One tile's rows times some columns of its weight; refs: weight and scales of each expert, and the output."""
-    *weights, out = refs
-    number = pl.program_id(2) // cut.parts * cut.near + pl.program_id(0)
-    here = number < cut.num_tiles
-    number = jnp.minimum(number, cut.num_tiles - 1)
-    place = Place(begins[number], ends[number], pl.program_id(1) * cut.shape.columns, pl.program_id(2) % cut.parts)
-    for e in range(len(weights) // 2):  # one after the other: branches of a switch would each keep their own memory
+    """One tile's rows times some columns of its weight; refs: weights and scales of each stack, and the output."""
+    *stacks, out = refs
+    tile = pl.program_id(2) // cut.parts * cut.near + pl.program_id(0)
+    here = tile < cut.num_tiles
+    tile = jnp.minimum(tile, cut.num_tiles - 1)
+    number, begin, end = owners[tile], begins[tile], ends[tile]
+    first, part = pl.program_id(1) * cut.shape.columns, pl.program_id(2) % cut.parts
+    for weights, scales in zip(stacks[::2], stacks[1::2], strict=True):  # a switch would keep memory for each branch
+        count = weights.shape[0]
+        within = here & (number >= 0) & (number < count)
         for smaller, size in itertools.pairwise((0, *cut.sizes)):
-            own = here & (owners[number] == e) & (smaller < place.end - place.begin) & (place.end - place.begin <= size)
-            pl.when(own)(functools.partial(_multiply, cut, size, place, x, *weights[2 * e : 2 * e + 2], out))
+            own = within & (smaller < end - begin) & (end - begin <= size)
+            place = Place(number, begin, end, first, part)
+            pl.when(own)(functools.partial(_multiply, cut, size, place, x, weights, scales, out))
+        number = number - count
 
 
-def _multiply(cut: Cut, size: int, place: Place, x, weight, scales, out) -> None:
-    begin, end, first, part = place
+def _multiply(cut: Cut, size: int, place: Place, x, weights, scales, out) -> None:
+    number, begin, end, first, part = place
     of_block, own_columns = pl.ds(first, cut.shape.columns), _inside(first, cut.shape.columns, cut.n)
     start = jnp.minimum(begin, max(cut.rows - size, 0))  # others' rows are read too: faster than masking them
     of_tile, numbers = pl.ds(start, size), start + jnp.arange(size)
@@ -161,7 +170,7 @@ def _multiply(cut: Cut, size: int, place: Place, x, weight, scales, out) -> None
 
     def scales_of(index):
         group = (part * cut.stretches + index) * cut.length // cut.group
-        found = _load(scales.at[pl.ds(group, 1), of_block], None, own_columns).astype(jnp.float32)
+        found = _load(scales.at[number, pl.ds(group, 1), of_block], None, own_columns).astype(jnp.float32)
         return jnp.where(jnp.abs(found) < TINY, TINY, found)
 
     def stretch(index, total):
@@ -169,7 +178,7 @@ def _multiply(cut: Cut, size: int, place: Place, x, weight, scales, out) -> None
             at = pl.ds((part * cut.stretches + index) * cut.length + i * cut.shape.depth, cut.shape.depth)
             own = _inside(i * cut.shape.depth, cut.shape.depth, cut.length)
             some = _load(x.at[of_tile, at], there, own)
-            wide = _load(weight.at[at, of_block], own, own_columns).astype(x.dtype)
+            wide = _load(weights.at[number, at, of_block], own, own_columns).astype(x.dtype)
             return total + jnp.dot(some, wide, preferred_element_type=jnp.float32)
 
         return lax.fori_loop(0, pl.cdiv(cut.length, cut.shape.depth), step, total)

@@ -44,7 +44,7 @@ class QuantizedWeight:
         return self.scales.shape[-2]
 
     def __getitem__(self, index) -> "QuantizedWeight":
-        """Matrix `index` of a stack."""
+        """Matrix `index` of a stack; with None a stack of this one."""
         return QuantizedWeight(self.weight[index], self.scales[index])
 
 
@@ -102,7 +102,7 @@ def _in_tiles(x: Float[Array, "M K"], w: QuantizedWeight) -> Float[Array, "M N"]
     rows = len(x)
     tile = kernel.tile_size(rows)
     tiles = kernel.Tiles.of(jnp.zeros(1, jnp.int32), jnp.full(1, rows, jnp.int32), tile, rows)
-    return kernel.products(x, [w], tiles, tile)
+    return kernel.products(x, [w[None]], tiles, tile)
 
 
 def _in_groups(x: Float[Array, "*batch K"], w: QuantizedWeight) -> Float[Array, "*batch N"]:

@@ -47,7 +47,8 @@ Params = Mapping[str, Mapping[str, Any]]
 class ExpertList:
     """A stack of E expert matrices [E, K, N], kept as E separate weights, so that one can be read without the rest.
 
-    A static slice of one stacked array makes XLA on CPU copy the expert each time (9 against 37 GB/s, measured).
+    A static slice of one stacked array makes XLA on CPU copy the expert each time (9 against 37 GB/s, measured). The
+    kernel for int8 does not, and takes either: of a stack it compiles once for all experts.
     """
 
     experts: tuple[Any, ...]  # weights; a pytree may hold other leaves in their place
@@ -58,6 +59,15 @@ class ExpertList:
 
     def __getitem__(self, index: int) -> Weight:
         return self.experts[index]
+
+
+Stack = ExpertList | QuantizedWeight
+"""Matrices [E, K, N] of the experts of a layer."""
+
+
+def each(stack: Stack) -> list[Weight]:
+    """[K, N] of each expert."""
+    return [stack[e] for e in range(stack.shape[0])]
 
 
 class KVCache(NamedTuple):
@@ -337,18 +347,21 @@ class Groups(NamedTuple):
     counts: jax.Array
 
 
-def by_expert(
-    fn, tile: int, rows: Float[Array, "M X"], weights: tuple[tuple[Weight, ...], ...], groups: Groups
-) -> Array:
-    """fn(rows of expert e, *weights[e]) for every expert, [M, Y]: each runs as many tiles as it has rows for, or none.
-    fn is `gate_and_up` or `down`.
+def by_expert(fn, tile: int, rows: Float[Array, "M X"], weights: tuple[Stack, ...], groups: Groups) -> Array:
+    """fn(rows of expert e, e of each of the weights) for every expert, [M, Y]: each runs as many tiles as it has rows
+    for, or none. fn is `gate_and_up` or `down`.
 
     M is all rows that there may be, and what is to spare. Those of no expert become 0.
     """
     if not in_kernel(rows.dtype, weights[0][0]):
-        return in_loop(fn, tile, rows, weights, groups)
+        return in_loop(fn, tile, rows, tuple(zip(*map(each, weights), strict=True)), groups)
     tiles = kernel.Tiles.of(groups.begins, groups.counts, tile, len(rows))
-    out = fn(rows, *zip(*weights, strict=True), multiply=lambda rows, own: kernel.products(rows, own, tiles, tile))
+
+    def multiply(rows, own: Stack):
+        stacks = [w[None] for w in own.experts] if isinstance(own, ExpertList) else [own]
+        return kernel.products(rows, stacks, tiles, tile)
+
+    out = fn(rows, *weights, multiply=multiply)
     return jnp.where(jnp.arange(len(rows))[:, None] < jnp.sum(groups.counts), out, 0)
 
 
@@ -453,16 +466,16 @@ def as_chosen(rows: Float[Array, "M X"], chosen: Int[Array, "B T K"], pairs: Pai
     return rows[pairs.back].reshape(*chosen.shape, -1)
 
 
-def run_gate_and_up(kept: Weight, x: Float[Array, "B T D"], pairs: Pairs, experts) -> Float[Array, "M F"]:
+def run_gate_and_up(kept: Weight, x: Float[Array, "B T D"], pairs: Pairs, weights) -> Float[Array, "M F"]:
     tokens = x.reshape(-1, x.shape[-1])
     tile = tile_size(len(tokens), kept)
     rows = spared(tokens[pairs.order // (len(pairs.order) // len(tokens))], kept, tile)
-    return by_expert(gate_and_up, tile, rows, experts, pairs.groups)
+    return by_expert(gate_and_up, tile, rows, weights, pairs.groups)
 
 
-def run_down(kept: Weight, hidden: Float[Array, "M F"], chosen: Int[Array, "B T K"], pairs: Pairs, experts) -> Array:
+def run_down(kept: Weight, hidden: Float[Array, "M F"], chosen: Int[Array, "B T K"], pairs: Pairs, weights) -> Array:
     tile = tile_size(chosen.shape[0] * chosen.shape[1], kept)
-    out = by_expert(down, tile, hidden, experts, pairs.groups)
+    out = by_expert(down, tile, hidden, weights, pairs.groups)
     return as_chosen(out, chosen, pairs)[None]
 
 
@@ -484,20 +497,19 @@ class Experts(Module):
         num_experts = self.config.num_experts
         gates, ups, downs = (self.weight(name) for name in ("gate", "up", "down"))
         (batch,) = spec(("B",), x.shape[:1])
-        tokens, columns, rows = PartitionSpec(batch), PartitionSpec(None, "model"), PartitionSpec("model")
+        lead = () if isinstance(gates, ExpertList) else (None,)  # axes of an array before those of a matrix
+        tokens, columns, rows = PartitionSpec(batch), PartitionSpec(*lead, None, "model"), PartitionSpec(*lead, "model")
         of_hidden, by_choice = PartitionSpec(batch, "model"), PartitionSpec(batch, None, None, "model")
 
         pairs = per_shard(functools.partial(sort_pairs, num_experts), (tokens, tokens), tokens)(chosen, live)
-        experts = tuple((gates[e], ups[e]) for e in range(num_experts))
         run = per_shard(functools.partial(run_gate_and_up, gates[0]), (tokens, tokens, columns), of_hidden)
-        hidden = run(x, pairs, experts)
+        hidden = run(x, pairs, (gates, ups))
         unpack = per_shard(as_chosen, (of_hidden, tokens, tokens), by_choice)
         pack = per_shard(functools.partial(as_sorted, gates[0]), (by_choice, tokens), of_hidden)
         hidden = tap("expert_hidden", hidden, lambda h: unpack(h, chosen, pairs), lambda h: pack(h, pairs))
-        experts = tuple((downs[e],) for e in range(num_experts))
         run = functools.partial(run_down, gates[0])
         run = per_shard(run, (of_hidden, tokens, tokens, rows), PartitionSpec("model", batch))
-        return run(hidden, chosen, pairs, experts)
+        return run(hidden, chosen, pairs, (downs,))
 
 
 class Routed(NamedTuple):
