@@ -2,9 +2,9 @@
 
     python benchmarks/gpu.py [--layers 8] [--width 6144]
 
-Random int8 weights, bfloat16 activations. Decode reads the active int8 bytes (two experts of eight a token, attention,
-the cache); prefill multiplies by two experts a token, in the blocks of `Grok.generate`. The share is of what this
-device was measured to read, or to multiply, in the same run.
+Random int8 weights, bfloat16 activations. Decode, with one layer a call and with several, reads the active int8 bytes
+(two experts of eight a token, attention, the cache); prefill multiplies by two experts a token, in the blocks of
+`Grok.generate`. The share is of what this device was measured to read, or to multiply, in the same run.
 
 The second table is of one layer's experts alone, by all candidates: the project's kernel (Pallas) with the experts in
 one array, and with a list of them as when they are streamed; XLA's loop over tiles that switches to an expert;
@@ -16,6 +16,7 @@ it runs.
 import argparse
 import dataclasses
 import functools
+import itertools
 import statistics
 import time
 from typing import NamedTuple
@@ -103,8 +104,9 @@ def product_rate(n: int) -> float:
     return 2 * n**3 / seconds(lambda: multiply(a, b))
 
 
-def decode(config: GrokConfig, layers: list[dict], batch: int, length: int) -> tuple[Timed, int, float]:
-    """So many layers of decode steps, and the bytes a layer must read: each expert that some row takes once.
+def decode(config: GrokConfig, layers: list[dict], batch: int, length: int, together: int) -> tuple[Timed, int, float]:
+    """So many layers of decode steps, so many a call, and the bytes a layer must read: each expert that some row takes
+    once.
 
     Several steps in a row, since `Grok.generate` calls a step before it reads the token of the last one.
     """
@@ -117,15 +119,20 @@ def decode(config: GrokConfig, layers: list[dict], batch: int, length: int) -> t
     def run():
         for _ in range(STEPS):
             y = x
-            for i, params in enumerate(layers):
-                y, caches[i], _ = steps.decode_layer(config, PLAIN, params, y, caches[i], at, state, {}, Given(), 0)
+            for begin in range(0, len(layers), together):
+                y = some(y, slice(begin, begin + together))
+        return y
+
+    def some(y, own: slice):
+        more = [{} for _ in layers[own]], [Given() for _ in layers[own]], 0
+        y, caches[own], _ = steps.decode_layers(config, PLAIN, layers[own], y, caches[own], at, state, *more)
         return y
 
     times, y, taken = timed(run), x, 0
     for i, params in enumerate(layers):
         place = (at, state.tokens[:, None], state.live[:, None])
         routed, caches[i], _ = steps.attend(config, PLAIN, params, y, caches[i], *place, {}, Given())
-        y, caches[i], _ = steps.decode_layer(config, PLAIN, params, y, caches[i], at, state, {}, Given(), 0)
+        y = some(y, slice(i, i + 1))
         taken += len(np.unique(routed.chosen))
     n = config.dims
     weights = 3 * taken / len(layers) * n["D"] * n["F"] + 2 * n["D"] * (n["HC"] + n["GC"])
@@ -230,8 +237,8 @@ def main() -> None:
         called = 1e3 * times.called / count
         print(f"{name:24}{1e3 * times.whole / count:12.3f}{share:14.2f}{called:15.3f}{times.first:15.1f}", flush=True)
 
-    for batch in (1, 8, 64):
-        row(f"decode, batch {batch}", decode(config, layers, batch, 2048), read)
+    for batch, together in itertools.product((1, 8, 64), (1, 4)):
+        row(f"decode, {batch} x 1, {together} a call", decode(config, layers, batch, 2048, together), read)
     for tokens in (1024, 8192):
         row(f"prefill, {tokens} tokens", prefill(config, layers, tokens), product)
     print("\nexperts of one layer, ms (difference to released)")

@@ -12,6 +12,7 @@ import oracle
 import pytest
 
 import grokscope as gs
+from grokscope.run import decode
 
 TOKENS = [5, 0, 9, 11, 44, 8, 96, 3, 7]
 NEW = 70  # more than a buffer of decode steps holds
@@ -552,7 +553,7 @@ def test_layers_of_which_different_things_are_kept(small):
     picked = [[0, 2], [1], [2], [0]]
     with compilations() as found:
         some = run(wishes(*picked))
-    assert [sum(step in name for name in found) for step in ("(_layer)", "(decode_layer)")] == [1, 1], found
+    assert [sum(step in name for name in found) for step in ("(_layer)", "(decode_layers)")] == [1, 1], found
     for one, whole in zip(some, run(wishes(*[[0, 1, 2]] * 4)), strict=True):
         assert list(one.taps) == list(whole.taps)
         for tap in one.taps:
@@ -571,10 +572,30 @@ def test_a_layer_of_which_something_large_is_kept(small):
 
     with compilations() as found:
         some = run([1])
-    assert [sum(step in name for name in found) for step in ("(_layer)", "(decode_layer)")] == [2, 1], found
+    assert [sum(step in name for name in found) for step in ("(_layer)", "(decode_layers)")] == [2, 1], found
     for one, whole in zip(some, run([0, 1, 2]), strict=True):
         for tap in ("attn_pattern", "expert_hidden"):
             np.testing.assert_array_equal(one[tap], whole[tap][[1]], err_msg=tap)
+
+
+@pytest.mark.parametrize("edited", [[0, 1, 2], [2], [1]])
+def test_layers_that_run_as_one_step(small, edited, monkeypatch):
+    """As on an accelerator: neighbours whose hooks are the same."""
+
+    def run():
+        captures = [gs.capture("attn_out", layers=[0, 2]), "router_logits", gs.capture("resid_mid", reduce="mean")]
+        with small.edits(gs.scale("attn_z", 0.5, layers=edited)):
+            return small.generate([TOKENS, TOKENS[:5]], 70, capture=captures, stop_at_eos=False)
+
+    alone = run()
+    monkeypatch.setattr(decode, "layers_at_once", lambda: 2)
+    with compilations() as found:
+        together = run()
+    assert sum("(decode_layers)" in name for name in found) == (1 if edited != [1] else 0), found
+    for one, other in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        for tap in other.taps:
+            np.testing.assert_allclose(one[tap], other[tap], atol=1e-5, err_msg=tap)
 
 
 class compilations:
@@ -610,7 +631,7 @@ def test_routing_adds_no_dispatch_to_a_step(grok, monkeypatch):
 
         return call
 
-    for name in ("decode_embed", "decode_layer", "readout", "stacked", "seated_pools", "taken", "noted"):
+    for name in ("decode_embed", "decode_layers", "readout", "stacked", "seated_pools", "taken", "noted"):
         monkeypatch.setattr(steps, name, counted(name, getattr(steps, name)))
     grok.generate([5], 129, stop_at_eos=False, capture=())
     plain = dict(counts)

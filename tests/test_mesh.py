@@ -137,8 +137,8 @@ def test_activations_travel_and_weights_do_not(tmp_path, mesh, rows, monkeypatch
         at = (state.positions, state.tokens[:, None], state.live[:, None])
         x, positions, _ = steps.embed(config, PLAIN, weights.ends, at[1], at[0], at[2], {}, Given())
         at = (positions, *at[1:])
-        layer = steps.decode_layer.lower(
-            config, PLAIN, weights.layers[0], x, cache, positions, state, {}, Given(), 0
+        layer = steps.decode_layers.lower(
+            config, PLAIN, weights.layers[:1], x, [cache], positions, state, [{}], [Given()], 0
         ).compile()
         prompt, live = np.zeros((1, 512), np.int32), np.ones((1, 512), bool)
         start, long = np.zeros(1, np.int32), KVCache.zeros(config, 1, 1024, np.float32)

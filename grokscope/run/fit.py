@@ -178,8 +178,8 @@ def lowered(
     with on(devices):
         return {
             "prompt": steps.layer.lower(config, PLAIN, layer, x, cache(prefilled, cache_length(context - 1)), *at),
-            "step": steps.decode_layer.lower(
-                config, PLAIN, layer, step, cache(slots, length), places(slots, 1), state, {}, Given(), 0
+            "step": steps.decode_layers.lower(
+                config, PLAIN, [layer], step, [cache(slots, length)], places(slots, 1), state, [{}], [Given()], 0
             ),
             "score": steps.score.lower(config, PLAIN, ends, x, at[1], *at),
             "readout": steps.readout.lower(config, PLAIN, method, ends, step, state, rows, {}, Given(), 0),

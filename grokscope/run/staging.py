@@ -307,14 +307,20 @@ class Hooks:
                 made |= self._zeros(k, slots, columns, length, dtype)
         return made
 
-    def spares(self, slots: int, columns: int, length: int, dtype) -> tuple[dict[str, Any], list[list[str]]]:
-        """Capture buffers that all layers share which do not keep what they capture, and which of them each takes."""
-        layers = range(self.config.num_layers)
-        spare = [[k for k in self._decode[layer][1] if layer not in k.layers] for layer in layers]
+    def dropped(self) -> list[list[str]]:
+        """What a decode step gives of each layer that is not kept of it."""
+        return [[key for k in of_layer for key in self.in_step(k)] for of_layer in self._dropped()]
+
+    def spares(self, slots: int, columns: int, length: int, dtype) -> dict[str, Any]:
+        """Capture buffers for what is dropped, for layers to share."""
         made = {}
-        for kept in {k.key: k for of_layer in spare for k in of_layer}.values():
+        for kept in {k.key: k for of_layer in self._dropped() for k in of_layer}.values():
             made |= self._zeros(kept, slots, columns, length, dtype)
-        return made, [[key for k in of_layer for key in self.in_step(k)] for of_layer in spare]
+        return made
+
+    def _dropped(self) -> list[list[Kept]]:
+        layers = range(self.config.num_layers)
+        return [[k for k in self._decode[layer][1] if layer not in k.layers] for layer in layers]
 
     def _zeros(self, kept: Kept, slots: int, columns: int, length: int, dtype) -> dict[str, Any]:
         shapes = self.buffer_shapes(kept, slots, columns, length, dtype)

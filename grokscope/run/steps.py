@@ -127,13 +127,26 @@ def lens(config: GrokConfig, k: int, params, x: Float[Array, "B T D"], following
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 7))
-def decode_layer(
-    config: GrokConfig, stage: Stage, params, x, cache, positions, state: DecodeState, buffers, given, column
+def decode_layers(
+    config: GrokConfig,
+    stage: Stage,
+    params: list,
+    x,
+    caches: list[KVCache],
+    positions,
+    state: DecodeState,
+    buffers: list[dict],
+    given: list,
+    column,
 ):
-    """`layer` for the one position [B, 1, D] of each slot; captures go into column `column` of the buffers."""
+    """`layer` after layer, of the same hooks, for the one position [B, 1, D] of each slot; captures go into column
+    `column` of a layer's buffers.
+    """
     at = (positions, state.tokens[:, None], state.live[:, None])
-    x, cache, captured = _layer(config, stage, params, x, cache, *at, buffers, given)
-    return x, cache, _written(stage, buffers, captured, column)
+    for i, own in enumerate(buffers):
+        x, caches[i], captured = _layer(config, stage, params[i], x, caches[i], *at, own, given[i])
+        buffers[i] = _written(stage, own, captured, column)
+    return x, caches, buffers
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
