@@ -143,8 +143,9 @@ def decode_layers(
     `column` of a layer's buffers.
     """
     at = (positions, state.tokens[:, None], state.live[:, None])
+    one = jax.jit(_layer, static_argnums=(0, 1))  # is traced once for all of them
     for i, own in enumerate(buffers):
-        x, caches[i], captured = _layer(config, stage, params[i], x, caches[i], *at, own, given[i])
+        x, caches[i], captured = one(config, stage, params[i], x, caches[i], *at, own, given[i])
         buffers[i] = _written(stage, own, captured, column)
     return x, caches, buffers
 
