@@ -52,7 +52,7 @@ def test_gradient_of_experts_is_that_of_all_experts_masked():
             counts = jnp.sum(chosen[:, None] == jnp.arange(3), axis=0)
             groups = transformer.Groups(jnp.cumsum(counts) - counts, counts)
             rows = jnp.pad(x[order], ((0, tile), (0, 0)))
-            out = transformer.by_expert(transformer.matmul, tile, rows, tuple((w,) for w in weights), groups)
+            out = transformer.by_expert(transformer.matmul, tile, rows, (weights,), groups)
             return jnp.sum(jnp.tanh(out[: len(x)]) * target[order])
 
         def dense(x, weights, chosen=chosen, target=target):

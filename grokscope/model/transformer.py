@@ -61,8 +61,8 @@ class ExpertList:
         return self.experts[index]
 
 
-Stack = ExpertList | QuantizedWeight
-"""Matrices [E, K, N] of the experts of a layer."""
+Stack = ExpertList | Weight
+"""Matrices [E, K, N] of the experts of a layer; arrays where they are initialised."""
 
 
 def each(stack: Stack) -> list[Weight]:
