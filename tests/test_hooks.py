@@ -578,24 +578,24 @@ def test_a_layer_of_which_something_large_is_kept(small):
             np.testing.assert_array_equal(one[tap], whole[tap][[1]], err_msg=tap)
 
 
-@pytest.mark.parametrize("edited", [[0, 1, 2], [2], [1]])
-def test_layers_that_run_as_one_step(small, edited, monkeypatch):
+@pytest.mark.parametrize("edited", [range(6), [4], [0, 2, 4]])
+def test_layers_that_run_as_one_step(grok, edited, monkeypatch):
     """As on an accelerator: neighbours whose hooks are the same."""
 
     def run():
         captures = [gs.capture("attn_out", layers=[0, 2]), "router_logits", gs.capture("resid_mid", reduce="mean")]
-        with small.edits(gs.scale("attn_z", 0.5, layers=edited)):
-            return small.generate([TOKENS, TOKENS[:5]], 70, capture=captures, stop_at_eos=False)
+        with grok.edits(gs.scale("attn_z", 0.5, layers=list(edited))):
+            return grok.generate([TOKENS, TOKENS[:5]], NEW, capture=captures, stop_at_eos=False)
 
     alone = run()
-    monkeypatch.setattr(decode, "layers_at_once", lambda: 2)
+    monkeypatch.setattr(decode, "layers_at_once", lambda num_layers: 2)
     with compilations() as found:
         together = run()
-    assert sum("(decode_layers)" in name for name in found) == (1 if edited != [1] else 0), found
+    assert sum("(decode_layers)" in name for name in found) == (edited != [0, 2, 4]), found  # there one by one
     for one, other in zip(together, alone, strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
         for tap in other.taps:
-            np.testing.assert_allclose(one[tap], other[tap], atol=1e-5, err_msg=tap)
+            np.testing.assert_allclose(one[tap], other[tap], atol=1e-4, err_msg=tap)
 
 
 class compilations:

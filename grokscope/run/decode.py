@@ -92,19 +92,19 @@ def blocks() -> tuple[int, ...]:
     return (1, 32, 64, 128, 256, 512) if jax.default_backend() == "cpu" else (1, 32, 128, 512, 1024, 2048)
 
 
-def layers_at_once() -> int:
+def layers_at_once(num_layers: int) -> int:
     """Layers of a compiled step of generation. Several on accelerators, where to call one takes longer than a layer
-    that is small or cut over devices (0.28 ms for an H100). On CPU four take 1.3 to 1.5 times as long as one by one."""
-    return 1 if jax.default_backend() == "cpu" else 4
+    that is small or cut over devices (0.28 ms for an H100): four, or so many that nothing is left over and compiled
+    apart. On CPU four take 1.3 to 1.5 times as long as one by one."""
+    return 1 if jax.default_backend() == "cpu" else max(n for n in range(1, 5) if num_layers % n == 0)
 
 
 def alike(stages: list[Stage]) -> list[slice]:
     """Layers that run as one compiled step: neighbours, if the hooks of all are the same, or one."""
-    found, most = [], layers_at_once()
+    found, most = [], layers_at_once(len(stages))
     for begin in range(0, len(stages), most):
-        end = min(begin + most, len(stages))
-        size = end - begin if all(stage is stages[begin] for stage in stages[begin:end]) else 1
-        found += [slice(layer, layer + size) for layer in range(begin, end, size)]
+        size = most if all(stage is stages[begin] for stage in stages[begin : begin + most]) else 1
+        found += [slice(layer, layer + size) for layer in range(begin, begin + most, size)]
     return found
 
 
@@ -425,7 +425,7 @@ class Run:
         self._take_hooks([None] * slots)
         made = [self.hooks.buffers(place, slots, COLUMNS, length, self.dtype) for place in self.hooks.places]
         self.embed_buffers, *self.layer_buffers, self.head_buffers = made
-        places = 0 if self.streamed else layers_at_once()
+        places = 0 if self.streamed else layers_at_once(config.num_layers)
         self.spares = [self.hooks.spares(slots, COLUMNS, length, self.dtype) for _ in range(places)]
         self.dropped = self.hooks.dropped()
         self.captures_decode = any(not kind.pooled for stage in self._decode_stages() for kind in stage.captures)
