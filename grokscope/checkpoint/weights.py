@@ -81,8 +81,8 @@ class Reader:
     def weight(self, slot: Slot) -> Weight | ExpertList:
         """Raises as Checkpoint.read does."""
         tensor = self.checkpoint.read(slot)
-        stacked = tensor.scales is not None and in_one_array(slot.param, self.config, self.dtype, self.form)
-        if slot.param.dims[0] == "E" and not stacked:
+        form = "expanded" if tensor.scales is None else self.form
+        if listed(slot.param, self.config, self.dtype, form):
             return ExpertList(tuple(self._matrix(slot, tensor, e) for e in range(self.config.num_experts)))
         if slot.param.groups is not None:
             return self._matrix(slot, tensor, ...)
@@ -143,10 +143,10 @@ def _unquantised(param: Param, dtype: np.dtype) -> np.dtype:
     return dtype if (param.module, param.name) == ("embedding", "w") else np.dtype(np.float32)
 
 
-def in_one_array(param: Param, config: GrokConfig, dtype: np.dtype, form: Form) -> bool:
-    """Whether the resident int8 of experts is one array [E, K, N]: where the kernel multiplies with it."""
-    fits = math.prod(param.shape(config)) < kernel.STACKED
-    return param.dims[0] == "E" and form == "int8" and fits and kernel.available() and dtype == ml_dtypes.bfloat16
+def listed(param: Param, config: GrokConfig, dtype: np.dtype, form: Form) -> bool:
+    """Whether a resident weight is an ExpertList: experts, unless the kernel multiplies with them, as one array."""
+    in_kernel = form == "int8" and kernel.available() and dtype == ml_dtypes.bfloat16
+    return param.dims[0] == "E" and not (in_kernel and math.prod(param.shape(config)) < kernel.STACKED)
 
 
 def _groups(stored: int, rows: str, config: GrokConfig, mesh: Mesh | AbstractMesh | None) -> int:
@@ -164,9 +164,9 @@ def described(param: Param, config: GrokConfig, dtype: np.dtype, form: Form, mes
     shape, dims = param.shape(config), param.dims
     if param.groups is None:
         return leaf(shape, _unquantised(param, dtype), dims)
-    stacked = in_one_array(param, config, dtype, form)
-    if not stacked:
-        shape, dims = shape[-2:], dims[-2:]
+    as_list = listed(param, config, dtype, form)
+    if as_list:
+        shape, dims = shape[1:], dims[1:]
     if form == "expanded":
         matrix: Any = leaf(shape, dtype, dims)
     else:
@@ -174,7 +174,7 @@ def described(param: Param, config: GrokConfig, dtype: np.dtype, form: Form, mes
         groups = _groups(math.gcd(param.groups, rows), dims[-2], config, mesh)
         scales = leaf((*lead, groups, columns), ml_dtypes.bfloat16, dims)
         matrix = QuantizedWeight(leaf(shape, np.int8, dims), scales)
-    return ExpertList((matrix,) * config.num_experts) if param.dims[0] == "E" and not stacked else matrix
+    return ExpertList((matrix,) * config.num_experts) if as_list else matrix
 
 
 def device_bytes(tree) -> int:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from grokscope.model.quant import QuantizedWeight
 
 TINY = 1e-20  # in place of smaller scales, which nothing can be divided by
-STACKED = 1 << 31  # values, which Pallas counts in 32 bits
+STACKED = 1 << 31  # values: a stack has fewer, as Pallas counts them in 32 bits
 NEAR = 3 << 22  # bytes of rows that tiles running side by side read together: a quarter of an H100's last cache
 
 
