@@ -155,6 +155,31 @@ def single():
     return {weight: gradients(load_balance=weight) for weight in (0.0, 0.5)}
 
 
+def test_gradients_are_those_of_layers_that_keep_everything(single, monkeypatch):
+    monkeypatch.setattr(jax, "checkpoint", lambda fn, **how: fn)
+    _, params, tokens = laid_out(None)
+    recipe = dataclasses.replace(SHORT, load_balance=0.5)
+    keeping = jax.jit(lambda *arrays: train.gradients(FEW, recipe, "float32", *arrays))
+    agree(jax.tree.map(np.asarray, keeping(params, tokens)), single[0.5])
+
+
+def test_a_layer_adds_what_it_keeps():
+    """More layers take their gradients, their inputs and what KEPT names, and no attention."""
+    batch, length, used = 2, 256, {}
+    for layers in (2, 6):
+        config = dataclasses.replace(FEW, num_layers=layers, sequence_len=length)
+        recipe = train.Recipe(steps=10, batch=batch, sequence_len=length)
+        params = jax.eval_shape(lambda config=config: train.fresh_params(config, 0))
+        state = {"params": params, "opt": jax.eval_shape(train.optimizer(recipe).init, params)}
+        tokens = jax.ShapeDtypeStruct((batch, length + 1), np.int32)
+        step = train.train_step.lower(config, recipe, "float32", state, tokens).compile()
+        used[layers] = step.memory_analysis().temp_size_in_bytes
+    pairs = batch * length * FEW.num_selected_experts
+    kept = pairs * (FEW.ffn_size + FEW.emb_size) + batch * length * FEW.emb_size
+    weights = sum(leaf.size // 6 for leaf in jax.tree.leaves(params["layers"]))
+    assert (used[6] - used[2]) / 4 < 1.2 * 4 * (kept + weights)
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 def test_gradients_on_a_mesh_are_those_of_one_device(single, mesh):
     agree(gradients(mesh, load_balance=0.5), single[0.5])

@@ -3,6 +3,8 @@
 `tap(name, value)` returns value, unless an observer is installed around the function being traced; then it returns
 what the observer gives back. Layers are numbered by whoever calls the layer, so a tap knows no layer. Nothing calls a
 tap inside a branch, loop or shard_map body: such bodies return the value, and the tap stands outside.
+
+A tap is also a name that `jax.checkpoint` knows, so that training can say what a layer keeps for its derivative.
 """
 
 import contextlib
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +78,7 @@ def tap(name: str, value: jax.Array, unpack=_same, pack=_same) -> jax.Array:
     Where the network holds the value in another layout, `unpack` gives the layout of TAPS and `pack` goes back; they
     run only if somebody looks.
     """
+    value = checkpoint_name(value, name)
     observer = _observer.get()
     if observer is None or not observer.wants(name):
         return value

@@ -597,9 +597,12 @@ def next_logprobs(config: GrokConfig, params: Params, x: Float[Array, "B T D"], 
     def of(x, following):
         return logprob(unembed(config, params, x).astype(jnp.float32), following)
 
-    if watched("final_norm", "logits") or x.dtype == jnp.bfloat16:
-        return of(x, following)  # XLA on CPU widens a bfloat16 table, and holds that twice where a loop reads it
-    return in_parts(of, config.vocab_size, x, following)
+    if watched("final_norm", "logits"):
+        return of(x, following)
+    of = jax.checkpoint(of)  # a derivative computes the logits of a part again
+    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        return of(x, following)  # XLA there widens a bfloat16 table, and holds that twice where a loop reads it
+    return in_parts(of, config.vocab_size * len(x), x, following)
 
 
 def logprob(logits: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Float[Array, "*B"]:
