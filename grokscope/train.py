@@ -38,7 +38,7 @@ MATRICES = {(p.module, p.name) for p in PARAMS if p.groups is not None}
 EMBEDDING = ("embedding", "w")
 DIMS = {(p.module, p.name): ("L",) * p.layered + p.dims[p.dims[0] == "E" :] for p in PARAMS}
 """(Haiku module, weight) -> dims of the leaf that the loop holds: layers stacked, experts listed."""
-KEPT = ("expert_hidden", "expert_out")
+KEPT = ("attn_z", "expert_hidden", "expert_out")
 """Taps whose values each layer keeps, beside its input, for the derivative. The rest, mostly attention, is computed
 again there, which is faster on CPU than writing and reading it (`benchmarks/LOG.md`), and takes a quarter of the memory.
 """

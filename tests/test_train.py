@@ -16,6 +16,7 @@ import grokscope as gs
 from grokscope import train
 from grokscope.checkpoint import ckpt0
 from grokscope.model import sharding, transformer
+from grokscope.model.taps import TAPS
 
 CONFIG = small_config(vocab_size=64, num_layers=2, embedding_multiplier_scale=48**0.5)
 RECIPE = train.Recipe(steps=60, batch=4, sequence_len=32, warmup=5, learning_rate=1e-2)
@@ -174,8 +175,8 @@ def test_a_layer_adds_what_it_keeps():
         tokens = jax.ShapeDtypeStruct((batch, length + 1), np.int32)
         step = train.train_step.lower(config, recipe, "float32", state, tokens).compile()
         used[layers] = step.memory_analysis().temp_size_in_bytes
-    pairs = batch * length * FEW.num_selected_experts
-    kept = pairs * (FEW.ffn_size + FEW.emb_size) + batch * length * FEW.emb_size
+    dims = [TAPS[name].dims.replace("T", "") for name in (*train.KEPT, "resid_pre")]
+    kept = batch * length * sum(math.prod(FEW.dims[d] for d in own) for own in dims)
     weights = sum(leaf.size // 6 for leaf in jax.tree.leaves(params["layers"]))
     assert (used[6] - used[2]) / 4 < 1.2 * 4 * (kept + weights)
 

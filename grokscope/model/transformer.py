@@ -186,7 +186,11 @@ def keys_at_once() -> int:
 
 
 def in_parts(fn, each: int, *args: Array) -> Array:
-    """fn(*args), arrays over [B, T], for as many positions at a time as make `values_at_once` of `each` a position."""
+    """fn(*args), arrays over [B, T], for as many positions at a time as make `values_at_once` of `each` a position.
+
+    A derivative keeps nothing of a part, and computes it again.
+    """
+    fn = jax.checkpoint(fn)
     batch, length = args[0].shape[:2]
     block = 1 << max(values_at_once() // each, MIN_BLOCK).bit_length() - 1
     if block >= length or length % block:
@@ -599,10 +603,11 @@ def next_logprobs(config: GrokConfig, params: Params, x: Float[Array, "B T D"], 
 
     if watched("final_norm", "logits"):
         return of(x, following)
-    of = jax.checkpoint(of)  # a derivative computes the logits of a part again
     if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         return of(x, following)  # XLA there widens a bfloat16 table, and holds that twice where a loop reads it
-    return in_parts(of, config.vocab_size * len(x), x, following)
+    each = x.shape[:2] if axis_size("data") > 1 else (1, following.size)  # all rows as one, but where they are apart
+    parts = in_parts(of, config.vocab_size * each[0], x.reshape(*each, -1), following.reshape(each))
+    return parts.reshape(following.shape)
 
 
 def logprob(logits: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Float[Array, "*B"]:
