@@ -6,6 +6,7 @@ With the state of the training run, also the loss of its float32 weights, before
 in baselines.py.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -65,8 +66,23 @@ def main(directory: str, pack: str, state: str | None = None) -> None:
         print(f"| {domain} | " + " | ".join(f"{b:.2f}" for b in bits) + " |")
 
     with gs.load(directory) as grok:
+        by_position(grok, train.TokenData(pack, "valid", config.vocab_size))
         circuits(grok, train.TokenData(pack, "valid", config.vocab_size))
         samples(grok)
+
+
+def by_position(grok: gs.Grok, held_out: train.TokenData) -> None:
+    """Whether the whole context helps: loss by position in windows as long as that, 12 a domain."""
+    length = grok.config.sequence_len
+    nats = np.zeros(length - 1)
+    for domain, share in held_out.weights.items():
+        traces = grok.trace(list(held_out.windows(domain, length - 1, 12)), capture=[])
+        nats -= share / sum(held_out.weights.values()) * np.mean([trace.logprobs[1:] for trace in traces], axis=0)
+    print(f"\nNats per token by position, in windows of {length} tokens, 12 a domain:\n")
+    print("| positions | nats |\n|---|---|")
+    edges = [1, *(1 << power for power in range(5, length.bit_length()))]
+    for begin, end in itertools.pairwise(edges):
+        print(f"| {begin} to {end - 1} | {nats[begin - 1 : end - 1].mean():.3f} |")
 
 
 def circuits(grok: gs.Grok, held_out: train.TokenData) -> None:
