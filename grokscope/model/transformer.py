@@ -605,8 +605,8 @@ def next_logprobs(config: GrokConfig, params: Params, x: Float[Array, "B T D"], 
         return of(x, following)
     if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         return of(x, following)  # XLA there widens a bfloat16 table, and holds that twice where a loop reads it
-    each = x.shape[:2] if axis_size("data") > 1 else (1, following.size)  # all rows as one, but where they are apart
-    parts = in_parts(of, config.vocab_size * each[0], x.reshape(*each, -1), following.reshape(each))
+    rows = x.shape[:2] if axis_size("data") > 1 else (1, following.size)  # of a batch on one device all are alike
+    parts = in_parts(of, config.vocab_size * rows[0], x.reshape(*rows, -1), following.reshape(rows))
     return parts.reshape(following.shape)
 
 
