@@ -231,7 +231,7 @@ class RemoteRun:
                 with deferred_interrupt() as interrupted:
                     turn: Turn = self.cluster._on_all("turn", pressed, doing="running")
                     pressed |= self._told(turn)
-                    pressed |= interrupted.is_set()
+                pressed |= interrupted.is_set()
                 self.over, self.cut_short = turn.over, turn.cut_short
                 for done in turn.jobs:
                     job = self.call.jobs[done.pop("row")]

@@ -209,7 +209,7 @@ class Run:
             with deferred_interrupt() as interrupted:
                 while not self.ready and not self.over:
                     self.turn(interrupted)
-                pressed |= interrupted.is_set()
+            pressed |= interrupted.is_set()
             if not self.ready:
                 break
             yield self.ready.popleft()
