@@ -376,7 +376,8 @@ def train(
         for step in progress(range(first, recipe.steps)):
             tokens = _batch(ids, recipe, step, devices)
             state, parts = train_step(config, recipe, begun["dtype"], state, tokens)
-            before, _ = parts, jax.block_until_ready(before)  # or progress would be of steps that wait
+            jax.block_until_ready(before)  # at most one step waits: progress is of those that are done
+            before = parts
             log(step + 1, parts)
             if (step + 1) % save_every == 0:
                 save_state(out / "state.safetensors", step + 1, state)
