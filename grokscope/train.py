@@ -40,7 +40,7 @@ DIMS = {(p.module, p.name): ("L",) * p.layered + p.dims[p.dims[0] == "E" :] for 
 """(Haiku module, weight) -> dims of the leaf that the loop holds: layers stacked, experts listed."""
 KEPT = ("attn_z", "expert_hidden", "expert_out")
 """Taps whose values each layer keeps, beside its input, for the derivative. The rest, mostly attention, is computed
-again there, which is faster on CPU than writing and reading it (`benchmarks/LOG.md`), and takes a quarter of the memory.
+again there: faster on CPU than writing and reading it (`benchmarks/LOG.md`), and a quarter of the memory.
 """
 
 
