@@ -9,7 +9,7 @@ from conftest import small_config, write_random
 
 import grokscope as gs
 from grokscope.model.transformer import KVCache, Positions
-from grokscope.run import steps
+from grokscope.run import decode, steps
 from grokscope.run.decode import batches, block_lengths, cache_length
 from grokscope.run.hooks import PLAIN, Given
 
@@ -306,6 +306,25 @@ def test_ctrl_c_between_two_batches(grok, listening, monkeypatch):
     assert [t.meta["prompt"] for t in grok.trace([[5] * 20] * 64, capture=())] == list(range(32))
     with pytest.raises(KeyboardInterrupt):
         grok.trace([[5] * 20] * 8, capture=())  # all are finished: there is nothing that says so
+
+
+def test_ctrl_c_while_a_batch_lands(grok, listening, monkeypatch, tmp_path):
+    """The turn finishes that batch, and no other comes after it."""
+    import _thread
+
+    landed, batches = decode.Run._land, []
+
+    def press(run):
+        if run.arriving:
+            batches.append([job.row for job in run.arriving.jobs])
+            if len(batches) == 1:
+                _thread.interrupt_main()
+        landed(run)
+
+    monkeypatch.setattr(decode.Run, "_land", press)
+    with pytest.raises(KeyboardInterrupt):
+        grok.dump([[5] * 20] * 96, tmp_path / "many", capture="router_logits")
+    assert sum(batches, []) == list(range(32)), "one was under way"
 
 
 def test_a_loss_is_of_all_or_none(grok, monkeypatch):

@@ -164,6 +164,25 @@ def test_gradients_are_those_of_layers_that_keep_everything(single, monkeypatch)
     agree(jax.tree.map(np.asarray, keeping(params, tokens)), single[0.5])
 
 
+@pytest.mark.parametrize("mesh", [None, "2x4"])
+def test_gradients_through_parts_are_those_of_the_whole(monkeypatch, mesh):
+    """Two parts of logits, and of attention, for which sequences are long enough."""
+    recipe = dataclasses.replace(SHORT, batch=2, sequence_len=128)
+    config = dataclasses.replace(FEW, sequence_len=128)
+    devices = None if mesh is None else sharding.make_mesh(mesh, config)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 129), np.int32)
+    found, loops = [], []
+    for at_once in (1, 1 << 30):
+        monkeypatch.setattr(transformer, "AT_ONCE", at_once)
+        step = jax.jit(lambda *arrays: train.gradients(config, recipe, "float32", *arrays))
+        with sharding.on(devices):
+            args = train._put(config, devices, fresh(config)), tokens
+            found.append(jax.tree.map(np.asarray, step(*args)))
+            loops.append(step.lower(*args).as_text().count("stablehlo.while"))
+    assert loops[0] > loops[1]
+    agree(*found)
+
+
 def test_a_layer_adds_what_it_keeps():
     """More layers take their gradients, their inputs and what KEPT names, and no attention."""
     batch, length, used = 2, 256, {}

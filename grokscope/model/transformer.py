@@ -188,7 +188,7 @@ def keys_at_once() -> int:
 def in_parts(fn, each: int, *args: Array) -> Array:
     """fn(*args), arrays over [B, T], for as many positions at a time as make `values_at_once` of `each` a position.
 
-    A derivative keeps nothing of a part, and computes it again.
+    A derivative computes a part again, and keeps nothing from inside of it.
     """
     fn = jax.checkpoint(fn)
     batch, length = args[0].shape[:2]
@@ -565,7 +565,7 @@ class Embedding(Module):
     def decode(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         x = tap("final_norm", RMSNorm(self.config, "final_norm")(x))
         # Not x @ w.T: of one row of 6144, XLA on CPU would lay the whole table out anew, 3.2 GB for every token.
-        logits = jnp.einsum("btd,vd->btv", x, self.weight("w"), precision=HIGHEST)
+        logits = jnp.einsum("btd,vd->btv", x, self.weight("w").astype(x.dtype), precision=HIGHEST)
         return tap("logits", logits * jnp.asarray(self.config.output_multiplier_scale, x.dtype))
 
 
@@ -605,9 +605,10 @@ def next_logprobs(config: GrokConfig, params: Params, x: Float[Array, "B T D"], 
         return of(x, following)
     if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         return of(x, following)  # XLA there widens a bfloat16 table, and holds that twice where a loop reads it
-    rows = x.shape[:2] if axis_size("data") > 1 else (1, following.size)  # of a batch on one device all are alike
-    parts = in_parts(of, config.vocab_size * rows[0], x.reshape(*rows, -1), following.reshape(rows))
-    return parts.reshape(following.shape)
+    devices = axis_size("data"), axis_size("model")
+    rows = x.shape[:2] if devices[0] > 1 else (1, following.size)  # a part may have rows of several prompts on a device
+    each = config.vocab_size * rows[0] // math.prod(devices)  # that it holds
+    return in_parts(of, each, x.reshape(*rows, -1), following.reshape(rows)).reshape(following.shape)
 
 
 def logprob(logits: Float[Array, "*B V"], ids: Int[Array, "*B"]) -> Float[Array, "*B"]:

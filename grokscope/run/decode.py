@@ -207,6 +207,8 @@ class Run:
         pressed = False
         while True:
             with deferred_interrupt() as interrupted:
+                if pressed:  # in a turn that also finished something, which was handed out first
+                    interrupted.set()
                 while not self.ready and not self.over:
                     self.turn(interrupted)
             pressed |= interrupted.is_set()
