@@ -158,7 +158,7 @@ def losses(config: GrokConfig, params: dict, tokens: jax.Array, dtype) -> dict[s
     step = jax.checkpoint(step, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*KEPT))
     x = transformer.embed(config, params["ends"], inputs)
     x, (balance, router_z, share) = jax.lax.scan(step, x, params["layers"])
-    nats = -transformer.next_logprobs(config, master["ends"], x, targets)  # whose parts add up its derivative in float32
+    nats = -transformer.next_logprobs(config, master["ends"], x, targets)  # parts add up its derivative in float32
     return {"nats": nats, "load_balance": balance.mean(), "router_z": router_z.mean(), "share": share}
 
 
