@@ -41,8 +41,8 @@ def main(directory: str, pack: str, state: str | None = None) -> None:
     print(f"| **mixture** | **{mixture['nats']:.3f}** | **{mixture['bits_per_byte']:.3f}** |")
 
     config = open_checkpoint(directory).config
+    held_out = train.TokenData(pack, "valid", config.vocab_size)
     if state is not None:
-        held_out = train.TokenData(pack, "valid", config.vocab_size)
         like = train.fresh_params(config, 0)
         _, saved = train.load_state(Path(state), {"params": like})
         exact = train.evaluate(config, saved["params"], held_out, dtype="float32", windows=WINDOWS)["mixture"]["nats"]
@@ -66,8 +66,8 @@ def main(directory: str, pack: str, state: str | None = None) -> None:
         print(f"| {domain} | " + " | ".join(f"{b:.2f}" for b in bits) + " |")
 
     with gs.load(directory) as grok:
-        by_position(grok, train.TokenData(pack, "valid", config.vocab_size))
-        circuits(grok, train.TokenData(pack, "valid", config.vocab_size))
+        by_position(grok, held_out)
+        circuits(grok, held_out)
         samples(grok)
 
 
@@ -80,7 +80,7 @@ def by_position(grok: gs.Grok, held_out: train.TokenData) -> None:
         nats -= share / sum(held_out.weights.values()) * np.mean([trace.logprobs[1:] for trace in traces], axis=0)
     print(f"\nNats per token by position, in windows of {length} tokens, 12 a domain:\n")
     print("| positions | nats |\n|---|---|")
-    edges = [1, *(1 << power for power in range(5, length.bit_length()))]
+    edges = [1, *(1 << power for power in range(5, (length - 1).bit_length())), length]
     for begin, end in itertools.pairwise(edges):
         print(f"| {begin} to {end - 1} | {nats[begin - 1 : end - 1].mean():.3f} |")
 

@@ -605,9 +605,9 @@ def next_logprobs(config: GrokConfig, params: Params, x: Float[Array, "B T D"], 
         return of(x, following)
     if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         return of(x, following)  # XLA there widens a bfloat16 table, and holds that twice where a loop reads it
-    devices = axis_size("data"), axis_size("model")
-    rows = x.shape[:2] if devices[0] > 1 else (1, following.size)  # a part may have rows of several prompts on a device
-    each = config.vocab_size * rows[0] // math.prod(devices)  # that it holds
+    shards = axis_size("data")
+    rows = x.shape[:2] if shards > 1 else (1, following.size)  # in one shard a part takes rows of any prompts
+    each = config.vocab_size * rows[0] // (shards * axis_size("model"))  # logits of a position on one device
     return in_parts(of, each, x.reshape(*rows, -1), following.reshape(rows)).reshape(following.shape)
 
 
