@@ -49,13 +49,14 @@ def heads(source: Source, *, phase: str = "all", seed: int = 0) -> pd.DataFrame:
     for (name, layer, numbers), of_prompts in sums.items():
         own = np.array(of_prompts, np.float64)  # [P, measure, (score, uniform, positions), H]
         total = own.sum(0)
-        low, high = resampling.interval(lambda s: ratio(s[:, :, 0], s[:, :, 2]), own, seed=seed)
+        units = np.count_nonzero(own[:, :, 2], axis=0)
+        low, high = resampling.interval(lambda s: ratio(s[:, :, 0], s[:, :, 2]), own, units=units, seed=seed)
         for m, measure in enumerate(MEASURES):
             columns = {
                 "phase": name, "layer": layer, "head": numbers, "measure": measure,
                 "score": ratio(total[m, 0], total[m, 2]), "low": low[m], "high": high[m],
                 "uniform": ratio(total[m, 1], total[m, 2]), "positions": total[m, 2].astype(int),
-                "prompts": np.count_nonzero(own[:, m, 2, 0]),
+                "prompts": units[m],
             }  # fmt: skip
             frames.append(pd.DataFrame(columns))
     order = {name: i for i, name in enumerate(("all", "prefill", "decode"))}
@@ -112,11 +113,14 @@ def by_class(source: Source, by: Any = "class", *, phase: str = "all", seed: int
                 uniform = np.broadcast_to(query.T @ seen[positions][rows], read.shape)
                 number = np.broadcast_to(query.sum(0)[:, None], read.shape)
                 found.setdefault((name, layer, tuple(numbers)), []).append((read, uniform, number))
+    if not found:
+        raise ValueError(f"no position with attention belongs to phase {phase!r}")
     frames = []
     for (name, layer, numbers), of_prompts in found.items():
         own = np.array(of_prompts, np.float64)  # [P, (mass, uniform, rows), H, Y, Y]
         read, uniform, number = own.sum(0)
-        low, high = resampling.interval(lambda s: ratio(s[:, 0], s[:, 2]), own, seed=seed)
+        units = np.count_nonzero(own[:, 2], axis=0)
+        low, high = resampling.interval(lambda s: ratio(s[:, 0], s[:, 2]), own, units=units, seed=seed)
         head, query, key = (axis.ravel() for axis in np.meshgrid(numbers, names, names, indexing="ij"))
         columns = {
             "phase": name, "layer": layer, "head": head, "query": query, "key": key,

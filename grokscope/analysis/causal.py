@@ -99,6 +99,8 @@ def ablations(
         np.full(len(t), "all", object) if labels is None else labels.of(i, t).astype(str) for i, t in enumerate(plain)
     ]
     names = sorted({name for own in of for name in own[1:]})
+    if not names:
+        raise ValueError("no prompt has a second token: there is nothing to predict")
     index = [[own[1:] == name for name in names] for own in of]
 
     def sums(traces: list[Trace]) -> np.ndarray:
@@ -106,16 +108,17 @@ def ablations(
         return np.array([[-t.logprobs[1:][rows].sum() for rows in own] for t, own in zip(traces, index, strict=True)])
 
     number, base, frames = np.array([[rows.sum() for rows in own] for own in index]), sums(plain), []
+    units = np.count_nonzero(number, axis=0)
     for (layer, part), traces in zip(parts, others, strict=False):  # fewer, after an interrupt
         changed = sums(traces)
-        low, high = resampling.interval(lambda d, n: resampling.ratio(d, n), changed - base, number, seed=seed)
+        low, high = resampling.interval(resampling.ratio, changed - base, number, units=units, seed=seed)
         columns = {"layer": layer} | ({} if over == "layers" else {over[:-1]: part})
         columns |= {} if by is None else {"label": names}
         columns |= {
             "effect": resampling.ratio((changed - base).sum(0), number.sum(0)), "low": low, "high": high,
             "loss": resampling.ratio(changed.sum(0), number.sum(0)),
             "baseline": resampling.ratio(base.sum(0), number.sum(0)),
-            "tokens": number.sum(0), "prompts": np.count_nonzero(number, axis=0),
+            "tokens": number.sum(0), "prompts": units,
         }  # fmt: skip
         frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
@@ -166,7 +169,7 @@ def patching(
             f"the clean prompt has {len(good)} tokens and the corrupted one {len(bad)}; patching by position needs the "
             "same number"
         )
-    wanted, other = _token(grok, answer), _token(grok, against)
+    recovered = _recovery(good, bad, _token(grok, answer), _token(grok, against))
     layers = range(grok.config.num_layers)
     if over == "heads":
         columns = ("layer", "head")
@@ -179,19 +182,10 @@ def patching(
     runs = sweep(
         grok, [bad.tokens], variants, keep=capture("logits", positions="last"), directory=directory, progress=progress
     )
-
-    def difference(trace: Trace) -> float:
-        return float(trace["logits"][-1, wanted] - trace["logits"][-1, other])
-
-    start, end = difference(bad), difference(good)
-    if abs(end - start) < 1e-6:
-        raise ValueError(f"clean and corrupted prompts give the same logit difference, {start:.4g}: nothing to recover")
     frame = pd.DataFrame(places[: len(runs)], columns=list(columns))
     if "position" in frame:
         frame["piece"] = [bad.pieces[p] for p in frame.position]
-    frame["difference"] = [difference(trace) for (trace,) in runs]
-    frame["recovered"] = (frame.difference - start) / (end - start)
-    return frame.assign(clean=end, corrupted=start)
+    return recovered(frame, [trace for (trace,) in runs])
 
 
 def path_patching(
@@ -213,6 +207,7 @@ def path_patching(
     ((good, bad),) = sweep(grok, [clean, corrupted], [[]], keep=["logits", "attn_z", *deltas])
     if len(good) != len(bad):
         raise ValueError(f"prompts of {len(good)} and {len(bad)} tokens; path patching needs the same number")
+    recovered = _recovery(good, bad, _token(grok, answer), _token(grok, against))
     later = list(range(layer + 1, grok.config.num_layers))
     frozen = [edits.patch(bad, "attn_delta", layers=later)] if later else []
     frozen.append(edits.patch(bad, "moe_delta", layers=[layer, *later]))
@@ -223,13 +218,30 @@ def path_patching(
     places = [(number, h) for number in later for h in range(0, grok.config.num_q_heads, share)]
     variants = [[edits.patch(direct, through, layers=n, heads=h // share)] for n, h in places]
     runs = sweep(grok, [bad.tokens], variants, keep=capture("logits", positions="last"), progress=progress)
-    wanted, other = _token(grok, answer), _token(grok, against)
-    end, start, *values = (
-        float(t["logits"][-1, wanted] - t["logits"][-1, other]) for t in (good, bad, *(run[0] for run in runs), direct)
-    )
     frame = pd.DataFrame([*places[: len(runs)], (grok.config.num_layers, -1)], columns=["layer", "head"])
-    frame["difference"] = values
-    return frame.assign(recovered=(frame.difference - start) / (end - start), clean=end, corrupted=start)
+    return recovered(frame, [*(trace for (trace,) in runs), direct])
+
+
+def _recovery(
+    good: Trace, bad: Trace, wanted: int, other: int
+) -> Callable[[pd.DataFrame, list[Trace]], pd.DataFrame]:
+    """What gives a table with a row for each run its columns difference, recovered, clean and corrupted.
+
+    Raises ValueError if the clean and the corrupted run do not differ.
+    """
+
+    def difference(trace: Trace) -> float:
+        return float(trace["logits"][-1, wanted] - trace["logits"][-1, other])
+
+    end, start = difference(good), difference(bad)
+    if abs(end - start) < 1e-6:
+        raise ValueError(f"clean and corrupted prompts give the same logit difference, {start:.4g}: nothing to recover")
+
+    def recovered(frame: pd.DataFrame, runs: list[Trace]) -> pd.DataFrame:
+        values = np.array([difference(trace) for trace in runs])
+        return frame.assign(difference=values, recovered=(values - start) / (end - start), clean=end, corrupted=start)
+
+    return recovered
 
 
 def counterfactuals(

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from grokscope.run.engine import Grok
 
 ATTRIBUTION = (
-    "embed", "attn_delta", "moe_delta", "attn_z", "attn_out", "expert_gate", "expert_index", "expert_out", "moe_out",
-    "resid_post", "logits",
+    "embed", "attn_z", "attn_out", "expert_gate", "expert_index", "expert_out", "moe_out", "resid_post", "logits",
 )  # fmt: skip
 """Taps that `attribution` reads."""
 
@@ -57,9 +56,11 @@ def attribution(
     times an expert's) goes through its post-norm's scale, the final norm and the row of the token. `position`: where;
     `target`: a token id, by default the one that followed; `against`: one whose logit is subtracted.
 
-    Columns: part ("embed", "head", "expert", "error"), layer, head, expert, rank (of the expert), -1 where none, logit.
-    They sum to the logit the model computed; "error" is what the other rows leave unexplained, rounding. Needs the taps
-    of ATTRIBUTION at all layers. Raises KeyError if one is missing, ValueError at the last position without a target.
+    Columns: part ("embed", "head", "expert", "edit", "error"), layer, head, expert, rank (of the expert), -1 where
+    none, logit. They sum to the logit the model computed. Of a run under edits "edit" is what they did to the stream in
+    a layer beside its heads and experts: all that these gave, taken back, where the layer was ablated. "error" is what
+    the other rows leave unexplained: rounding, and edits behind the last layer. Needs the taps of ATTRIBUTION at all
+    layers. Raises KeyError if one is missing, ValueError at the last position without a target.
     """
     if missing := [name for name in ATTRIBUTION if name not in trace.taps]:
         raise KeyError(f"attribution needs {', '.join(missing)}; capture grokscope.analysis.ATTRIBUTION")
@@ -76,16 +77,23 @@ def attribution(
         actual = actual - trace["logits"][at, against]
     last = trace["resid_post", config.num_layers - 1][at]
     direction = row * grok.weight("embedding/final_norm/scale") * config.output_multiplier_scale / _rms(last)
-    rows = [("embed", -1, -1, -1, -1, trace["embed"][at] @ direction)]
+    before = trace["embed"][at]
+    rows = [("embed", -1, -1, -1, -1, before @ direction)]
     for layer in range(config.num_layers):
         through = direction * grok.weight("post_attention_norm/scale", layer) / _rms(trace["attn_out", layer][at])
         out = grok.weight("attention/out", layer).reshape(config.num_q_heads, config.key_size, -1)
         logits = np.einsum("hc,hcd,d->h", trace["attn_z", layer][at], out, through)
-        rows += [("head", layer, head, -1, -1, value) for head, value in enumerate(logits)]
+        of_layer = [("head", layer, head, -1, -1, value) for head, value in enumerate(logits)]
         through = direction * grok.weight("post_moe_norm/scale", layer) / _rms(trace["moe_out", layer][at])
         logits = trace["expert_gate", layer][at] * (trace["expert_out", layer][at] @ through)
         experts = trace["expert_index", layer][at]
-        rows += [("expert", layer, -1, int(e), rank, logits[rank]) for rank, e in enumerate(experts) if e >= 0]
+        of_layer += [("expert", layer, -1, int(e), rank, logits[rank]) for rank, e in enumerate(experts) if e >= 0]
+        if trace.meta["edits"]:
+            after = trace["resid_post", layer][at]
+            done = (after - before) @ direction
+            of_layer.append(("edit", layer, -1, -1, -1, done - sum(value for *_, value in of_layer)))
+            before = after
+        rows += of_layer
     rows.append(("error", -1, -1, -1, -1, actual - sum(value for *_, value in rows)))
     return pd.DataFrame(rows, columns=["part", "layer", "head", "expert", "rank", "logit"])
 

@@ -25,22 +25,29 @@ def weights(units: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
 
 
 def interval(
-    statistic: Callable, *sums: np.ndarray, seed: int = 0, confidence: float = CONFIDENCE
+    statistic: Callable,
+    *sums: np.ndarray,
+    units: np.ndarray | None = None,
+    seed: int = 0,
+    confidence: float = CONFIDENCE,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(low, high) of statistic(*sums over units), by the expanded percentile bootstrap.
 
-    sums: arrays [units, ...], of each unit. statistic: of arrays [draws, ...], gives [draws, ...]. Few units make
+    sums: arrays [units, ...], of each unit. statistic: of arrays [draws, ...], gives [draws, ...]. `units`: how many of
+    them each value rests on, where some lack what it is about; draws with none of these are left out. Few units make
     percentiles too narrow; they are taken further out, as Student's t is further out than the normal (Hesterberg 2015,
     The American Statistician 69:371). With one unit there is nothing to resample: NaN.
     """
-    units = len(sums[0])
-    times = weights(units, seed=seed)
-    drawn = [(times @ own.reshape(units, -1)).reshape(-1, *own.shape[1:]) for own in sums]
+    count = len(sums[0])
+    times = weights(count, seed=seed)
+    drawn = [(times @ own.reshape(count, -1)).reshape(-1, *own.shape[1:]) for own in sums]
     values = statistic(*drawn)
-    if units < 2:
-        return np.full(values.shape[1:], np.nan), np.full(values.shape[1:], np.nan)
-    tail = ndtr(np.sqrt(units / (units - 1)) * stdtrit(units - 1, (1 - confidence) / 2))
-    low, high = np.quantile(values, [tail, 1 - tail], axis=0)
+    rests = np.broadcast_to(count if units is None else units, values.shape[1:])
+    low, high = np.full(rests.shape, np.nan), np.full(rests.shape, np.nan)
+    for n in np.unique(rests[rests > 1]):
+        own, tail = rests == n, ndtr(np.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 - confidence) / 2))
+        quantile = np.nanquantile if units is not None and np.isnan(values[:, own]).any() else np.quantile
+        low[own], high[own] = quantile(values[:, own], [tail, 1 - tail], axis=0)
     return low, high
 
 
@@ -66,7 +73,7 @@ def matched(shares: np.ndarray, chosen: int, *, rounds: int = 200) -> np.ndarray
     sets = np.array(list(combinations(range(shares.shape[-1]), chosen)))
     member = np.zeros((len(sets), shares.shape[-1]))
     np.put_along_axis(member, sets, 1, axis=1)
-    logw = np.log(np.maximum(shares, 1e-12))
+    logw = np.log(np.maximum(shares, 1e-12)) - np.log(np.maximum(1 - shares, 1e-12))
     for _ in range(rounds):
         p = np.exp(logw @ member.T - (logw @ member.T).max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)

@@ -86,15 +86,12 @@ def coactivation(source: Source, *, phase: str = "each", seed: int = 0) -> pd.Da
     """How often two experts are chosen by the same token, against independence.
 
     Independence is the draw of different experts that gives each its share and assumes no more (see
-    `resampling.matched`). Columns: phase, layer, expert, other (all pairs, expert < other), count, expected, lift
-    (count / expected), low, high (of lift), tokens, prompts. Raises ValueError where tokens chose different numbers of
-    experts, as under `route.force` at some positions.
+    `resampling.matched`); where tokens chose different numbers of experts, as under `route.force`, of those that chose
+    as many. Columns: phase, layer, expert, other (all pairs, expert < other), count, expected, lift (count / expected),
+    low, high (of lift), tokens, prompts.
     """
     chosen = _Chosen(source)
-    sizes = set(chosen.member.sum(1).astype(int))
-    if len(sizes) > 1:
-        raise ValueError(f"tokens chose {sorted(sizes)} experts; coactivation needs the same number everywhere")
-    (k,) = sizes
+    size = chosen.member.sum(1).astype(int)
     first, other = np.triu_indices(chosen.num_experts, 1)
     pairs = chosen.member[:, first] * chosen.member[:, other]  # [sets, pairs]
 
@@ -103,14 +100,19 @@ def coactivation(source: Source, *, phase: str = "each", seed: int = 0) -> pd.Da
         return ratio(counts, expected(sums))
 
     def expected(sums: np.ndarray) -> np.ndarray:
-        tokens = sums.sum(-1, keepdims=True)
-        together = resampling.matched(sums @ chosen.member / np.maximum(tokens, 1), k)
-        return together[..., first, other] * tokens
+        found = np.zeros((*sums.shape[:-1], len(first)))
+        for k in np.unique(size[size > 1]):
+            own, member = sums[..., size == k], chosen.member[size == k]
+            tokens = own.sum(-1, keepdims=True)
+            found += resampling.matched(own @ member / np.maximum(tokens, 1), k)[..., first, other] * tokens
+        return found
 
     frames = []
     for name, tokens, counts in chosen.by_prompt(phase):
         total = counts.sum(0)
-        low, high = resampling.interval(lifts, counts, seed=seed)
+        taken = np.count_nonzero(counts @ chosen.member, axis=0)  # [L, E]: by how many prompts
+        units = np.minimum(taken[:, first], taken[:, other])
+        low, high = resampling.interval(lifts, counts, units=units, seed=seed)
         frame = _frame(
             ("layer", "pair"), (chosen.layers, range(len(first))), phase=name, count=(total @ pairs).astype(int),
             expected=expected(total), lift=lifts(total), low=low, high=high, tokens=tokens.sum(),
@@ -149,7 +151,9 @@ def transitions(source: Source, *, phase: str = "each", seed: int = 0) -> pd.Dat
     for name, tokens, counts, pairs in chosen.by_prompt(phase, moves):
         singles = counts @ chosen.member
         total, single, n = pairs.sum(0), singles.sum(0), tokens.sum(0)
-        low, high = resampling.interval(lifts, pairs, singles, tokens, seed=seed)
+        taken = np.count_nonzero(singles, axis=0)  # [L, E]: by how many prompts
+        units = np.minimum(taken[:-1, :, None], taken[1:, None])
+        low, high = resampling.interval(lifts, pairs, singles, tokens, units=units, seed=seed)
         frame = _frame(
             ("layer", "expert", "next"), (chosen.layers[:-1], range(e), range(e)), phase=name,
             count=total.astype(int), expected=expected(single, n), lift=lifts(total, single, n), low=low, high=high,
