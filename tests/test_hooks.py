@@ -507,14 +507,145 @@ def test_impossible_edits(small, edit, error, words):
 
 
 def test_forced_and_banned(small):
-    with pytest.raises(ValueError, match="expert 3 is both"), small.edits(gs.route.ban(experts=3), gs.route.force([3])):
-        pass
+    with small.edits(gs.route.ban(experts=3), gs.route.force([3])):
+        with pytest.raises(ValueError, match="expert 3 is both"):
+            small.trace(TOKENS)
+        with pytest.raises(ValueError, match="expert 3 is both"):
+            small.plan([TOKENS])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"positions": slice(0, 3)}, {"positions": slice(3, None)}),
+        ({"positions": slice(0, -1)}, {"positions": -1}),
+        ({"steps": 0}, {"steps": 1}),
+        ({"phase": "prefill"}, {"steps": slice(0, None)}),
+        ({"prompts": slice(0, 1)}, {"prompts": slice(1, 2)}),
+        ({"layers": 0}, {"layers": [1, 2]}),
+    ],
+)
+def test_bans_that_do_not_meet(small, one, other):
+    """Together they leave one expert, but no token has both."""
+    few, more = gs.route.ban(range(4), **one), gs.route.ban([4, 5, 6], **other)
+    with small.edits(few, more):
+        small.plan([TOKENS, TOKENS], 2)
+    with small.edits(few, gs.route.ban([4, 5, 6])), pytest.raises(ValueError, match="leave 1 experts"):
+        small.plan([TOKENS, TOKENS], 2)
 
 
 def test_a_factor_that_a_norm_undoes_warns():
-    with pytest.warns(UserWarning, match="scale moe_delta instead"):
-        gs.scale("moe_out", 2)
+    for spelling in ("moe_out", "blocks.*.hook_mlp_out"):
+        with pytest.warns(UserWarning, match="scale moe_delta instead"):
+            gs.scale(spelling, 2)
     gs.scale("moe_out", 0)
+
+
+def test_values_for_fewer_experts_than_a_token_takes(small):
+    """Where another edit makes room for more, in another layer or of another prompt: what is edited is the same."""
+    taps = ["expert_index", "expert_gate", "expert_out", "moe_out"]
+    source = small.trace(TOKENS, capture=taps)
+    patch = [gs.patch(source, tap, layers=1, prompts=0) for tap in taps[:3]]
+    with small.edits(gs.scale("resid_pre", 0.5, layers=1), *patch):
+        alone = small.trace([TOKENS], capture=taps)[0]
+    np.testing.assert_allclose(alone["moe_out", 1], source["moe_out", 1], atol=1e-6)
+    with small.edits(gs.scale("resid_pre", 0.5, layers=1), gs.route.top_k(4, prompts=1), *patch):
+        first, second = small.trace([TOKENS, TOKENS], capture=taps)
+    assert first["expert_index"].shape[-1] == 4
+    for tap in taps[:2]:
+        assert (first[tap, 1][:, :2] == source[tap, 1]).all()
+    assert (first["expert_index", 1][:, 2:] == -1).all()
+    np.testing.assert_allclose(first["moe_out", 1], source["moe_out", 1], atol=1e-6)
+    assert (second["expert_index"] >= 0).all()
+
+    with small.edits(gs.route.top_k(4)):
+        four = small.trace(TOKENS, capture=taps)
+    with small.edits(gs.route.top_k(4), gs.set("expert_gate", [0.5, 0.25], layers=2)):
+        gates = small.trace(TOKENS, capture=taps)["expert_gate", 2]
+    assert (gates[:, :2] == [0.5, 0.25]).all()
+    np.testing.assert_array_equal(gates[:, 2:], four["expert_gate", 2][:, 2:])
+    with small.edits(gs.route.top_k(4), gs.patch(four, "expert_out")):
+        np.testing.assert_array_equal(small.trace(TOKENS, capture=taps)["moe_out"], four["moe_out"])
+    with small.edits(gs.patch(four, "expert_out")), pytest.raises(ValueError, match=r"route.top_k\(4\)"):
+        small.trace(TOKENS)
+
+
+def test_selectors_of_numpy(small):
+    where = dict(positions=np.array([1, 2]))
+    trace = small.trace(TOKENS, capture=gs.capture("resid_post", **where))
+    assert trace.numbers["resid_post"]["T"] == [1, 2]
+    with small.edits(gs.scale("resid_post", 0.5, layers=0, **where)):
+        edited = small.trace(TOKENS, capture="resid_post")
+    whole = small.trace(TOKENS, capture="resid_post")
+    np.testing.assert_array_equal(edited["resid_post", 0][[1, 2]], whole["resid_post", 0][[1, 2]] / 2)
+
+
+def test_a_plan_is_of_the_edits_in_force(small):
+    with small.edits(gs.route.top_k(8)):
+        plan, trace = (call(TOKENS, capture="expert_out") for call in (small.plan, small.trace))
+    assert plan.total["host"] == sum(a.nbytes for a in trace.taps.values())
+
+
+def test_one_edits_in_two_threads(small):
+    """Entered by both before either leaves: each has its own."""
+    both = small.edits(gs.ablate(layers=0))
+    inside, found = threading.Barrier(2), []
+
+    def run():
+        with both:
+            inside.wait(10)
+            found.append("in")
+        inside.wait(10)
+        found.append("out")
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(found) == ["in", "in", "out", "out"]
+    assert small.trace(TOKENS).meta["edits"] == []
+
+
+def test_functions_are_told_apart():
+    """By large arrays that they close over, and by functions inside of them."""
+
+    def closing(array):
+        return gs.edit("resid_mid", lambda x, layer, positions: x * array[0])
+
+    def nested(factor):
+        source = f"def fn(x, layer, positions):\n    return (lambda y: y * {factor})(x)"
+        exec(source, namespace := {"__name__": "nested"})
+        return gs.edit("resid_mid", namespace["fn"])
+
+    ones, other = np.ones(5000), np.ones(5000)
+    other[2500] = 2
+    assert closing(ones).json() == closing(ones.copy()).json() != closing(other).json()
+    assert nested("2.0").json() == nested("2.0").json() != nested("3.0").json()
+
+
+def test_attention_that_was_edited_by_another_name(small):
+    with small.edits(gs.scale("blocks.*.attn.hook_pattern", 0.5)):
+        trace = small.trace(TOKENS, capture=gs.capture("attn_pattern", later=True))
+    with pytest.raises(ValueError, match="edited attn_pattern"):
+        trace.attention()
+
+
+def test_attention_of_one_layer_by_its_other_name(small):
+    trace = small.trace(TOKENS, capture=gs.capture("blocks.2.attn.hook_pattern", later=True))
+    assert trace.layers["q"] == trace.layers["k"] == [2]
+
+
+def test_some_experts_are_no_table(small, tmp_path):
+    """Of the router's logits: what it would say would be of those alone."""
+    for experts in ([0, 1], slice(None, None, -1)):
+        trace = small.trace(TOKENS, capture=gs.capture("router_logits", experts=experts))
+        assert trace.tables == ["tokens"]
+        with pytest.raises(ValueError, match="all experts"):
+            trace.to_pandas("router")
+    trace.save(tmp_path / "one")
+    dump = small.dump([TOKENS], tmp_path / "many", capture=gs.capture("router_logits", experts=[0, 1]))
+    assert len(dump.to_pandas("tokens")) == len(TOKENS)
 
 
 # What it costs
@@ -772,6 +903,22 @@ def test_a_glimpse_is_what_is_kept(small):
 
     trace = small.generate(TOKENS, NEW, on_token=look, stop_at_eos=False)
     assert (np.concatenate(seen, axis=1) == trace["router_logits"]).all()
+
+
+def test_what_cannot_be_glimpsed(small):
+    """A lens, which is read out later; attention, whose keys grow; what is reduced over positions."""
+    keep = [gs.capture("resid_post", reduce="lens", k=3), gs.capture("resid_pre", reduce="mean"), "attn_pattern"]
+    refused = []
+
+    def look(event):
+        for key in ("resid_post.lens", "resid_pre.mean", "attn_pattern", "q"):
+            try:
+                event.glimpse(key, False)
+            except KeyError:
+                refused.append(key)
+
+    small.generate(TOKENS, 1, capture=keep, on_token=look, stop_at_eos=False)
+    assert refused == ["resid_post.lens", "resid_pre.mean", "attn_pattern", "q"]
 
 
 def test_a_glimpse_of_what_another_prompt_keeps(small):

@@ -222,9 +222,7 @@ def path_patching(
     return recovered(frame, [*(trace for (trace,) in runs), direct])
 
 
-def _recovery(
-    good: Trace, bad: Trace, wanted: int, other: int
-) -> Callable[[pd.DataFrame, list[Trace]], pd.DataFrame]:
+def _recovery(good: Trace, bad: Trace, wanted: int, other: int) -> Callable[[pd.DataFrame, list[Trace]], pd.DataFrame]:
     """What gives a table with a row for each run its columns difference, recovered, clean and corrupted.
 
     Raises ValueError if the clean and the corrupted run do not differ.

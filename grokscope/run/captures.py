@@ -332,9 +332,10 @@ def _same(a: Kept, b: Kept) -> bool:
 
 def _kept(wish: Capture, config: GrokConfig) -> Iterable[Kept]:
     if wish.later:
-        whole = dataclasses.replace(wish, later=False, tap="k", heads=None, where=Where(prompts=wish.where.prompts))
+        layers = layers_of(wish.tap, wish.layers, config)["attn_pattern"]
+        wish = dataclasses.replace(wish, later=False, tap="q", layers=layers)
+        whole = dataclasses.replace(wish, tap="k", heads=None, where=Where(prompts=wish.where.prompts))
         yield from _kept(whole, config)
-        wish = dataclasses.replace(wish, later=False, tap="q")
     taps = layers_of(wish.tap, wish.layers, config)
     if wish.name and len(taps) > 1:
         raise ValueError(f"name={wish.name!r} is for one tap, and {wish.tap!r} means {', '.join(taps)}")

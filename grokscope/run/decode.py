@@ -566,8 +566,11 @@ class Run:
         Waits for the device, and costs a transfer each time. Raises KeyError for what is not captured whole, or not of
         this prompt.
         """
-        if not any(key in kept.outputs() and self.hooks.takes(kept, job.row) for kept in self.hooks.kept):
-            raise KeyError(f"{key!r} is not captured of prompt {job.row}")
+        kept = next((k for k in self.hooks.kept if key in k.outputs() and self.hooks.takes(k, job.row)), None)
+        if kept is None or kept.pooled:
+            raise KeyError(f"{key!r} is not captured of prompt {job.row}, position by position")
+        if not of_prompt and (kept.reduce == "lens" or not kept.outputs()[key][0].startswith("T")):
+            raise KeyError(f"{key!r} cannot be looked at token by token while it runs")
         if of_prompt:
             if self._arrives(job):
                 self._land()
@@ -728,8 +731,7 @@ def _pooled(kept: Kept, places: list[dict]) -> np.ndarray:
         value = np.stack([mean, spread[0] / max(number, 1)]) if spread else mean
         found.append(value if number else np.full_like(value, np.nan))  # the sequence ended before any
     value = np.stack(found)
-    value = value if kept.layers is not None else value[0]
-    return value[..., list(kept.numbers)] if kept.reduce == "count" and kept.axis else value
+    return value if kept.layers is not None else value[0]
 
 
 def on_host(tree):

@@ -165,7 +165,11 @@ class Writer:
             what = ", ".join(f"{n} ({theirs.get(n)!r}, now {ours.get(n)!r})"[:200] for n in changed) or "prompts"
             raise ValueError(f"{self.directory} is the dump of another run; different: {what}")
         whole = [part for part in found["parts"] if all(_is_whole(self.directory, f) for f in part["files"].values())]
-        self.manifest = found | {"parts": whole}  # what is missing or cut is made again
+        for part in found["parts"]:  # what is missing or cut is made again
+            if part not in whole:
+                for entry in part["files"].values():
+                    (self.directory / entry["file"]).unlink(missing_ok=True)
+        self.manifest = found | {"parts": whole}
 
     def __exit__(self, *_) -> None:
         try:

@@ -5,19 +5,22 @@ Changes of one kind that are about different prompts are stacked into one row ea
 per prompt, and only a new kind of edit compiles anything.
 """
 
+import builtins
 import dataclasses
 import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from types import CodeType
 from typing import Any
 
+import jax
 import numpy as np
 
 from grokscope.config import GrokConfig
 from grokscope.model.taps import TAPS
 from grokscope.model.transformer import MASKED
-from grokscope.run.captures import AXIS, layers_of
+from grokscope.run.captures import AXIS, layers_of, tap_names
 from grokscope.run.hooks import EditKind
 from grokscope.run.selectors import EVERYWHERE, Where, as_json, chosen, from_json, parsed
 from grokscope.run.trace import COORDINATES, Trace
@@ -48,13 +51,16 @@ class Edit:
     positions: dict[int, int] | None = None
 
     def json(self) -> dict[str, Any]:
-        """{"op": ..., its arguments}. `from_json` goes back, unless it holds a Trace or a function."""
-        return {"op": self.op} | {n: _json(v) for n, v in self.args.items() if v is not None}
+        """{"op": ..., its arguments}, and "taps" where a spelling means some. `from_json` goes back, unless it holds a
+        Trace or a function.
+        """
+        given = {"op": self.op} | {n: _json(v) for n, v in self.args.items() if v is not None}
+        return given | ({"taps": tap_names(given["tap"])} if given.get("tap", "") not in ("", *TAPS) else {})
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "Edit":
         """The edit of a JSON object. Raises ValueError for one that held a Trace or a function."""
-        args = {n: from_json(v) for n, v in value.items() if n != "op"}
+        args = {n: from_json(v) for n, v in value.items() if n not in ("op", "taps")}
         if value.get("op") not in _MAKERS:
             raise ValueError(f"edit {value.get('op')!r} cannot be read back; those that can are {', '.join(_MAKERS)}")
         return _MAKERS[value["op"]](**args)
@@ -85,20 +91,28 @@ def _function(fn: Callable) -> str:
     """The name of a function, and a digest of what it does as far as can be seen: its code, and what it closes over."""
     code = getattr(fn, "__code__", None)
     name = getattr(fn, "__qualname__", type(fn).__qualname__)
-    seen = [
-        repr([getattr(fn, n, None) for n in ("__defaults__", "__kwdefaults__")]),
-        repr(vars(fn) if code is None else []),
-    ]
-    if code is not None:
-        seen += [
-            code.co_code.hex(),
-            repr(code.co_names),
-            repr([c for c in code.co_consts if not hasattr(c, "co_code")]),
-        ]
-        seen += [repr(cell.cell_contents) for cell in fn.__closure__ or ()]
-    for inner in (*getattr(fn, "args", ()), getattr(fn, "func", None)):
-        seen.append(_function(inner) if callable(inner) else repr(inner))
-    return f"{fn.__module__}.{name} {hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:8]}"
+    seen = [getattr(fn, "__defaults__", None), getattr(fn, "__kwdefaults__", None)]
+    seen += [vars(fn)] if code is None else [_code(code), *(cell.cell_contents for cell in fn.__closure__ or ())]
+    seen += [*getattr(fn, "args", ()), getattr(fn, "func", None)]
+    return f"{fn.__module__}.{name} {hashlib.sha256(json.dumps(_seen(seen)).encode()).hexdigest()[:8]}"
+
+
+def _seen(value: Any) -> Any:
+    """What can be seen of a value, as JSON: arrays whole, which `repr` abridges, and functions in turn."""
+    if isinstance(value, list | tuple):
+        return [_seen(one) for one in value]
+    if isinstance(value, dict):
+        return [[repr(key), _seen(one)] for key, one in value.items()]
+    if isinstance(value, np.ndarray | jax.Array):
+        digest = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+        return [str(value.dtype), [*value.shape], digest]
+    return _function(value) if callable(value) else repr(value)
+
+
+def _code(code: CodeType) -> list:
+    """Of a function and the functions inside it."""
+    constants = [_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    return [code.co_code.hex(), [*code.co_names], constants]
 
 
 def _edit(op: str, parts, selectors: dict, **args) -> Edit:
@@ -129,10 +143,9 @@ def scale(tap: str, factor: float, **selectors) -> Edit:
     Selectors of every edit: layers, heads, experts, positions, steps, phase, prompts; each an int, a list or a slice.
     """
     array = _number("factor", factor)
-    if tap in CANCELLED and np.any(array != 0):
-        warnings.warn(
-            f"the norm after {tap} undoes a positive factor; scale {CANCELLED[tap]} instead", UserWarning, stacklevel=2
-        )
+    for name in CANCELLED.keys() & tap_names(tap) if np.any(array != 0) else ():
+        instead = CANCELLED[name]
+        warnings.warn(f"the norm after {name} undoes a positive factor; scale {instead} instead", stacklevel=2)
     return _edit("scale", [(tap, "scale", array)], selectors, tap=tap, factor=array)
 
 
@@ -353,7 +366,6 @@ def changes(edits: Iterable[Edit], config: GrokConfig) -> tuple[Change, ...]:
         for tap, op, value in one.parts:
             for name, layers in layers_of(tap, one.layers, config).items():
                 made.append(_change(one, name, op, value, layers, config))
-    _refuse_impossible_routes(made, config)
     return tuple(made)
 
 
@@ -372,12 +384,14 @@ def _change(one: Edit, tap: str, op: str, value, layers, config: GrokConfig) -> 
         rest = TAPS[tap].dims.replace("T", "")
         if "S" in rest:
             raise ValueError(f"{op} of {tap} takes one number; use grokscope.edit for a pattern of your own")
-        shape = tuple(config.dims[d] for d in rest)
+        shape = [config.dims[d] for d in rest]
+        if "K" in rest and value.ndim >= len(rest) - rest.index("K"):  # as many experts as it is given for
+            shape[rest.index("K")] = max(value.shape[rest.index("K") - len(rest)], 1)
         try:
             value = np.broadcast_to(value, shape)
         except ValueError as err:
             raise ValueError(
-                f"{op} of {tap}: a value of shape {value.shape} does not fit {shape} ({' '.join(rest)})"
+                f"{op} of {tap}: a value of shape {value.shape} does not fit {tuple(shape)} ({' '.join(rest)})"
             ) from err
     return Change(EditKind(tap, op, axis, fn), layers, mask, value, one.where)
 
@@ -423,7 +437,7 @@ def _source(trace: Trace, tap: str, layers, axis, mask, positions, config: GrokC
         raise KeyError(f"the Trace to patch from lacks layer {absent[0]} of {tap}; it has {trace.layers[tap]}")
     for dim, numbers in zip("L" * TAPS[tap].layered + dims, kept.values(), strict=True):
         whole = len(trace) if dim in "TS" else config.dims.get(dim)
-        if dim not in "LT" and len(numbers) != whole:
+        if dim not in "LTK" and len(numbers) != whole:
             raise ValueError(
                 f"the Trace to patch from has {len(numbers)} of {tap}'s {COORDINATES[dim]}s, and this model {whole}; "
                 "capture all"
@@ -431,34 +445,41 @@ def _source(trace: Trace, tap: str, layers, axis, mask, positions, config: GrokC
     return Source(trace, tap, {int(p): i for i, p in enumerate(kept["position"])}, positions)
 
 
-def _refuse_impossible_routes(made: list[Change], config: GrokConfig) -> None:
-    """Bans that leave fewer experts than a token takes, and experts both forced and banned, at the same positions."""
+def refuse_impossible_routes(made: Iterable[Change], config: GrokConfig, prompts: Iterable[tuple[int, int]]) -> None:
+    """Raises ValueError where bans leave a token fewer experts than it takes, or one is both forced and banned there.
 
-    def is_ban(c: Change) -> bool:
-        number = not isinstance(c.value, Source) and np.ndim(c.value) == 0
-        return c.kind.tap == "router_logits" and c.kind.op == "set" and number and bool(np.isneginf(c.value))
+    prompts: (prompt length, tokens that may follow) of each of the call.
+    """
+    bans = [change for change in made if _bans(change)]
+    about = bans and [*bans, *(change for change in made if change.kind.op == "force")]
+    prompts = list(prompts) if bans else []
+    seen: builtins.set[tuple] = builtins.set()
+    for prompt, (length, limit) in enumerate(prompts):
+        own = [change for change in about if change.where.takes(prompt, len(prompts))]
+        for layer in range(config.num_layers):
+            here = [change for change in own if layer in change.layers]
+            if (key := (length, limit, *map(id, here))) in seen:
+                continue
+            seen.add(key)
+            on = {
+                change: (change.table(length, length + limit) >= 0)[:, None]
+                & (True if change.mask is None else change.mask)
+                for change in here
+            }
+            nobody = np.zeros((length + limit, config.num_experts), bool)
+            banned = np.any([nobody, *(on[change] for change in here if _bans(change))], axis=0)
+            left = config.num_experts - int(banned.sum(1).max())
+            if left < config.num_selected_experts:
+                raise ValueError(
+                    f"these bans leave {left} experts in layer {layer}; a token takes {config.num_selected_experts}"
+                )
+            for change in here:
+                both = np.flatnonzero((on[change] & banned).any(0)) if change.kind.op == "force" else []
+                if len(both):
+                    raise ValueError(f"expert {both[0]} is both forced and banned in layer {layer}")
 
-    bans = [change for change in made if is_ban(change)]
-    forces = [c for c in made if c.kind.op == "force"]
-    for change in bans:
-        together = [b for b in bans if _meet(b, change)]
-        banned = np.any([b.mask if b.mask is not None else np.ones(config.num_experts, bool) for b in together], axis=0)
-        left = config.num_experts - int(banned.sum())
-        if left < config.num_selected_experts:
-            raise ValueError(f"these bans leave {left} experts in a layer; a token takes {config.num_selected_experts}")
-        for force in forces:
-            both = np.flatnonzero(force.mask & banned) if _meet(force, change) else []
-            if len(both):
-                raise ValueError(f"expert {both[0]} is both forced and banned")
 
-
-def _meet(a: Change, b: Change) -> bool:
-    """Whether two changes may be about the same layer of the same prompt; positions are compared as they were given."""
-
-    def apart(one, other) -> bool:
-        return isinstance(one, tuple) and isinstance(other, tuple) and not {*one} & {*other}
-
-    pairs = [(a.layers, b.layers)] + [
-        (getattr(a.where, n), getattr(b.where, n)) for n in ("prompts", "phase", "positions")
-    ]
-    return not any(apart(*pair) for pair in pairs)
+def _bans(change: Change) -> bool:
+    value = change.value
+    is_number = not isinstance(value, Source) and np.ndim(value) == 0
+    return change.kind.tap == "router_logits" and change.kind.op == "set" and is_number and bool(np.isneginf(value))

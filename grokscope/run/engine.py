@@ -298,11 +298,12 @@ class Grok:
         what was asked for come at once.
         """
         sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        ids, single = self._prompts(prompts, _limit(max_new_tokens))
+        limit = _limit(max_new_tokens)
+        ids, single = self._prompts(prompts, limit)
         if single:
             raise TypeError("stream takes a list of prompts; for one there is generate")
         ending = self._ending(stop_at_eos, stop, on_token)
-        return self._traces(self._prepared(ids, max_new_tokens, capture, sampling, batch_size, ending, budget), ordered)
+        return self._traces(self._prepared(ids, limit, capture, sampling, batch_size, ending, budget), ordered)
 
     def plan(
         self,
@@ -319,22 +320,18 @@ class Grok:
         """
         if (x is None) == (tokens is None):
             raise ValueError("give either prompts or tokens=" + ("" if x is None else ", not both"))
-        if max_new_tokens:
-            _limit(max_new_tokens)
-        if (tokens is not None and tokens < 1) or max_new_tokens >= self.config.sequence_len:
+        limit = _limit(max_new_tokens) if max_new_tokens else 0
+        batch_size = _from_one("batch_size", batch_size)
+        if limit >= self.config.sequence_len:
             raise ValueError(
-                f"tokens={tokens}, max_new_tokens={max_new_tokens}: expected at least one token, and fewer new ones "
-                f"than the context of {self.config.sequence_len} holds"
+                f"max_new_tokens={limit}: expected fewer than the context of {self.config.sequence_len} holds"
             )
         if x is not None:
-            prompts = self._prompts(x, max_new_tokens)[0]
+            lengths = [len(prompt) for prompt in self._prompts(x, limit)[0]]
         else:
-            full, rest = divmod(int(tokens), self.config.sequence_len - max_new_tokens)
-            prompts = [
-                np.zeros(n, np.int32) for n in [self.config.sequence_len - max_new_tokens] * full + [rest] * bool(rest)
-            ]
-        kept = captures.resolve(capture, self.config)
-        hooks = Hooks(self.config, kept, (), [Length(len(p), max_new_tokens) for p in prompts])
+            full, rest = divmod(_from_one("tokens", tokens), self.config.sequence_len - limit)
+            lengths = [self.config.sequence_len - limit] * full + [rest] * bool(rest)
+        _, _, hooks = self._hooks(capture, lengths, limit)
         plan = priced(hooks, batch_size, self.numerics, self._mesh, self._form == "streamed")
         passes = tokens_of_passes([tuple(s) for s in hooks.sequences], batch_size, self._mesh)
         return dataclasses.replace(plan, read=self._bytes_to_read(passes))
@@ -411,7 +408,7 @@ class Grok:
         """`with grok.edits(...):` calls of this thread run with these edits, after those of a `with` around it.
 
         A call reads them once, when it starts. Raises, before anything runs, KeyError for an unknown tap, TypeError or
-        ValueError for what this model does not have.
+        ValueError for what this model does not have; the call does for experts that are banned and needed.
         """
         edits.changes(changes, self.config)
         return _Edited(self, changes)
@@ -533,13 +530,9 @@ class Grok:
         self, prompts: list[np.ndarray], limit: int, capture, sampling: dict, batch_size, ending, budget
     ) -> Call:
         """A call, checked, with the edits of this moment."""
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r}: expected a whole number from 1")
-        kept = captures.resolve(capture, self.config)
-        made = tuple(change for grok, change in _EDITS.get() if grok is self)
-        changes = edits.changes(made, self.config)
-        hooks = Hooks(self.config, kept, changes, [Length(len(prompt), limit) for prompt in prompts])
-        for missed in misses(hooks, (*kept, *changes)):
+        batch_size = _from_one("batch_size", batch_size)
+        made, changes, hooks = self._hooks(capture, [len(prompt) for prompt in prompts], limit)
+        for missed in misses(hooks, (*hooks.kept, *changes)):
             what = f"capture {missed.key!r}" if isinstance(missed, captures.Kept) else f"edit of {missed.kind.tap}"
             lengths = sorted({len(prompt) for prompt in prompts})
             raise ValueError(
@@ -549,7 +542,18 @@ class Grok:
         refuse_over(budget, hooks, batch_size, self.numerics, self._mesh, self._form == "streamed")
         rows = Sampling.rows(len(prompts), self.config.vocab_size, **sampling)
         jobs = [self.job(prompt, limit, row, ending) for row, prompt in enumerate(prompts)]
-        return Call(hooks, changes, rows, jobs, int(batch_size), ending, sampling, [edit.json() for edit in made])
+        return Call(hooks, changes, rows, jobs, batch_size, ending, sampling, [edit.json() for edit in made])
+
+    def _hooks(
+        self, capture, lengths: list[int], limit: int
+    ) -> tuple[list["edits.Edit"], tuple["edits.Change", ...], Hooks]:
+        """The edits of this moment, what they change, and the hooks of prompts of these lengths."""
+        kept = captures.resolve(capture, self.config)
+        made = [edit for grok, edit in _EDITS.get() if grok is self]
+        changes = edits.changes(made, self.config)
+        sequences = [Length(length, limit) for length in lengths]
+        edits.refuse_impossible_routes(changes, self.config, sequences)
+        return made, changes, Hooks(self.config, kept, changes, sequences)
 
     def job(self, prompt: np.ndarray, limit: int, row: int, ending: Ending | None) -> Job:
         job = Job(prompt, limit, row, lambda *_: None)
@@ -697,19 +701,23 @@ class _Edited:
 
     def __init__(self, grok: Grok, changes: tuple["edits.Edit", ...]):
         self._changes = tuple((grok, change) for change in changes)
-        self._before: list[contextvars.Token] = []
 
     def __enter__(self) -> None:
-        self._before.append(_EDITS.set((*_EDITS.get(), *self._changes)))
+        _EDITS.set((*_EDITS.get(), *self._changes))
 
     def __exit__(self, *_) -> None:
-        _EDITS.reset(self._before.pop())
+        outside = len(_EDITS.get()) - len(self._changes)
+        _EDITS.set(_EDITS.get()[:outside])
+
+
+def _from_one(name: str, number) -> int:
+    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+        raise ValueError(f"{name}={number!r}: expected a whole number from 1")
+    return int(number)
 
 
 def _limit(max_new_tokens) -> int:
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens!r}: expected a whole number from 1")
-    return int(max_new_tokens)
+    return _from_one("max_new_tokens", max_new_tokens)
 
 
 def _axes(hooks: Hooks, job: Job) -> tuple[dict[str, str], dict[str, dict[str, list[int]]]]:

@@ -327,8 +327,27 @@ def _edited(kind: EditKind, given: dict, value: Array, at: At, chosen: Array | N
     else:
         rows = jnp.arange(which.shape[0])[:, None]
         picked = given["value"][rows, jnp.maximum(which, 0)]  # [B, T] or [B, T, ...]
+        if picked.ndim == moved.ndim and "K" in dims:
+            picked, on = _of_as_many(kind, picked, on, moved)
         new = OPS[kind.op](moved.astype(picked.dtype), picked if picked.ndim == moved.ndim else _beside(picked, moved))
     return jnp.moveaxis(jnp.where(on, new.astype(value.dtype), moved), 1, t_axis)
+
+
+def _of_as_many(kind: EditKind, picked: Array, on: Array, moved: Array) -> tuple[Array, Array]:
+    """Values for fewer experts than a token may take here, as many as that: what is beyond them stays as it is, but that
+    nobody is chosen there.
+    """
+    given, taken = picked.shape[2], moved.shape[2]
+    if given > taken:
+        raise ValueError(
+            f"an edit of {kind.tap} is for {given} experts a token, and this run takes {taken}; put "
+            f"grokscope.route.top_k({given}) in front of it"
+        )
+    spare = [(0, taken - given) if axis == 2 else (0, 0) for axis in range(moved.ndim)]
+    picked = jnp.pad(picked, spare, constant_values=-1 if kind.tap == "expert_index" else 0)
+    if kind.tap == "expert_index":
+        return picked, on
+    return picked, on & (jnp.arange(taken) < given).reshape([-1 if axis == 2 else 1 for axis in range(moved.ndim)])
 
 
 def _axis_mask(kind: EditKind, mask: Bool[Array, "B n"], moved: Array, dims: str, chosen) -> Array:

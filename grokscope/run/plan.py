@@ -153,6 +153,8 @@ def _host(hooks: Hooks, kept: Kept, prompt: int, dtype) -> int:
         return 0
     sequence = hooks.sequences[prompt]
     positions = int(kept.where.mask(sequence.prompt_length, sequence.longest).sum())
+    if kept.pooled and not positions:
+        return 0
     return _size(kept.outputs(), hooks.dims(kept) | {"T": positions, "S": sequence.longest}, dtype)
 
 
@@ -186,7 +188,7 @@ def refuse_over(budget: int | str | None, hooks: Hooks, *pricing) -> None:
     rest = {place: plan.total[place] - plan.rows[dearest.key][place] for place in plan.total}
     fitting = []
     for name, reduction in REDUCTIONS.items():
-        if dearest.reduce or dearest.tap not in reduction.taps or (dearest.axis and name == "count"):
+        if dearest.reduce or dearest.tap not in reduction.taps:
             continue
         reduced = dataclasses.replace(dearest, reduce=name, k=min(dearest.k, 5))
         other = Hooks(hooks.config, (reduced,), (), hooks.sequences)

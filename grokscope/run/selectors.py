@@ -79,7 +79,7 @@ class Where:
         phases = None if phase is None else (phase,) if isinstance(phase, str) else tuple(phase)
         if phases is not None and (not phases or set(phases) - set(PHASES)):
             raise ValueError(f'phase={phase!r}: expected "prefill", "decode" or both')
-        positions = positions if positions == "last" else parsed("positions", positions)
+        positions = positions if isinstance(positions, str) else parsed("positions", positions)
         for name, value in (("positions", positions), ("steps", steps)):
             if isinstance(value, slice) and (value.step or 1) < 1:
                 raise ValueError(f"{name}={value}: a slice goes forward here")

@@ -121,7 +121,8 @@ class Trace:
                 f"attention needs the taps q and k, and this Trace lacks {' and '.join(missing)}; "
                 'capture them, or grokscope.capture("attn_pattern", later=True)'
             )
-        edited = {e.get("tap") for e in self.meta["edits"]} & {"attn_scores", "attn_pattern"}
+        taps = {tap for e in self.meta["edits"] for tap in e.get("taps", [e.get("tap")])}
+        edited = taps & {"attn_scores", "attn_pattern"}
         if edited:
             raise ValueError(
                 f"this run edited {min(edited)}, which q and k do not show; capture attn_pattern itself, not later"
@@ -171,7 +172,7 @@ class Trace:
     @property
     def tables(self) -> list[str]:
         """Those that `to_pandas` can make of what was captured."""
-        numbers = [self.numbers.get(name, {}) | {"E": None} for name in ROUTING if name in self.taps]
+        numbers = [{"E": None} | self.numbers.get(name, {}) for name in ROUTING if name in self.taps]
         return ["tokens"] + ["router"] * (len(numbers) == len(ROUTING) and all(n == numbers[0] for n in numbers))
 
     def columns(self, table: str) -> dict[str, np.ndarray]:
@@ -185,7 +186,7 @@ class Trace:
             return columns | {"phase": self.phase, "logprob": self.logprobs}
         experts, gates, logits = (self[name] for name in ROUTING)
         if table not in self.tables:
-            raise ValueError(f"the router table needs {', '.join(ROUTING)} of the same layers and positions")
+            raise ValueError(f"the router table needs {', '.join(ROUTING)} of the same layers, positions, all experts")
         shifted = np.exp(logits - logits.max(-1, keepdims=True))
         probs = shifted / shifted.sum(-1, keepdims=True)
         num_layers, length, k = experts.shape
