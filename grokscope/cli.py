@@ -3,6 +3,7 @@
 Errors are one line; `--debug` shows where they come from.
 """
 
+import inspect as inspection
 import json
 import re
 import shutil
@@ -79,6 +80,7 @@ def generate(
     """Continue a text, and print it as it appears."""
     if save is not None:
         refuse_existing(save)
+        save.mkdir(parents=True, exist_ok=True)
     grok = gs.load(
         checkpoint, numerics=numerics, weights=weights, mesh=mesh, memory=memory, progress=_bar(" tensors", 500)
     )
@@ -114,6 +116,8 @@ def demo(
 
     matplotlib.use("Agg")
     out.mkdir(parents=True, exist_ok=True)
+    if not (out / "trace" / "manifest.json").exists():
+        refuse_existing(out / "trace")
     grok = gs.load(checkpoint, progress=_bar(" tensors", 500))
     print(grok)
     print(f"\n{DEMO_PROMPT}", end="", flush=True)
@@ -158,6 +162,9 @@ def routing_table(trace: gs.Trace) -> str:
     return "\n".join(lines)
 
 
+SELECTORS = [*inspection.signature(gs.capture).parameters][1:]
+
+
 def _captures(texts: list[str] | None) -> list | None:
     """router_logits,resid_post:layers=2,5:reduce=norm -> captures. Names are divided by commas, selectors by colons."""
     if not texts:
@@ -173,6 +180,9 @@ def _captures(texts: list[str] | None) -> list | None:
                     f"--capture {item}: {selector!r} is not a selector; expected as in layers=2,5 or reduce=norm "
                     "(a slice is written out, or given in Python)"
                 )
+            if key not in SELECTORS or key in given:
+                what = "is given twice" if key in given else f"is none; there are {', '.join(SELECTORS)}"
+                raise ValueError(f"--capture {item}: the selector {key!r} {what}")
             numbers = re.fullmatch(r"-?\d+(,-?\d+)*", value)
             given[key] = [int(n) for n in value.split(",")] if numbers else True if value == "true" else value
         try:
@@ -185,13 +195,17 @@ def _captures(texts: list[str] | None) -> list | None:
 def _prompts(path: Path) -> list:
     """A prompt a line: a JSON text, a list of ids, or an object with "prompt" or "tokens"."""
     found = []
-    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except UnicodeDecodeError as err:
+        raise ValueError(f"{path} is not UTF-8 text: {err}") from err
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
             value = value.get("prompt", value.get("tokens")) if isinstance(value, dict) else value
-        except ValueError as err:
+        except (ValueError, RecursionError) as err:
             raise ValueError(f"{path}, line {number}, is not JSON: {err}") from err
         if not isinstance(value, str | list):
             raise ValueError(f'{path}, line {number}: expected a text, a list of ids, or {{"prompt": ...}}')
@@ -286,13 +300,19 @@ def plan(
     checkpoint: Checkpoint = None,
     numerics: Annotated[str | None, typer.Option(help="float32 or bfloat16; by device if not given.")] = None,
     model: Annotated[str | None, typer.Option(help="grok-1, or a config.json: print which machines it fits.")] = None,
-    mesh: Annotated[str, typer.Option(help="With --model: devices, data x model.")] = "1x8",
+    mesh: Annotated[str | None, typer.Option(help="With --model: devices, data x model; 1x8 if not given.")] = None,
     context: Annotated[
         int | None, typer.Option(help="With --model: tokens of a prompt and what is made of it.")
     ] = None,
-    weights: Annotated[str, typer.Option(help="With --model: int8 or expanded.")] = "int8",
+    weights: Annotated[str | None, typer.Option(help="With --model: int8 (if not given) or expanded.")] = None,
 ) -> None:
     """Print what captures would take, in bytes on device, host and disk; or, with --model, which machines it fits."""
+    of_model, of_prompts = (mesh, context, weights), (prompts, tokens, max_new_tokens or None, checkpoint)
+    if any(option is not None for option in (of_prompts if model is not None else of_model)):
+        raise ValueError(
+            "--mesh, --context and --weights go with --model; prompts, --tokens, --max-new-tokens and --checkpoint "
+            "without it"
+        )
     if model is not None:
         from grokscope.run.fit import table
 
@@ -300,8 +320,8 @@ def plan(
             raise ValueError(f"--model {model}: expected grok-1, or the config.json of a checkpoint")
         config = gs.GROK_1 if model == "grok-1" else gs.GrokConfig.read(Path(model))
         text = table(
-            config, mesh, context=context or config.sequence_len, batch=batch_size, capture=_captures(capture),
-            numerics=numerics or "bfloat16", form=weights,
+            config, mesh or "1x8", context=config.sequence_len if context is None else context, batch=batch_size,
+            capture=_captures(capture), numerics=numerics or "bfloat16", form=weights or "int8",
         )  # fmt: skip
         print(text)
         return
@@ -384,7 +404,11 @@ def rehearse(
     mini = ckpt0.open_checkpoint(bundled_checkpoint())
     config, tokenizer = (gs.GROK_1, None) if width == "full" else (mini.config, mini.tokenizer)
     config = replace(config, num_layers=layers)
-    made = rehearse(directory, config, seed, tokenizer, _bar(" files", 1))
+    try:
+        made = rehearse(directory, config, seed, tokenizer, _bar(" files", 1))
+    except KeyboardInterrupt:
+        print("grokscope: interrupted; nothing stays of what was begun", file=sys.stderr)
+        raise typer.Exit(130) from None
     print(f"{made}: {look.si(ckpt0.payload_bytes(config), 'B')}, {layers} layers of random weights")
     if tokenizer is None:
         print(f"For prompts of text, put the release's tokenizer.model into {made}; lists of ids need none.")
@@ -407,7 +431,10 @@ def train(
     accumulate: Annotated[int, typer.Option(help="Parts of a batch that are computed in turn.")] = 1,
     mesh: Mesh = None,
     sequence_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
-    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Highest learning rate; if not given 3e-3 from scratch, 3e-4 from a checkpoint."),
+    ] = None,
     decay: Annotated[float, typer.Option(help="Last part of the steps, over which it falls to zero.")] = 0.4,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
 ) -> None:
@@ -419,21 +446,22 @@ def train(
 
     if (config is None) == (start is None):
         raise ValueError("give either --config (from scratch) or --start (a checkpoint), not both")
+    if learning_rate is None:
+        learning_rate = training.FINE_TUNING if start is not None else training.Recipe.learning_rate
     recipe = training.Recipe(
-        steps=steps,
-        batch=batch,
-        accumulate=accumulate,
-        sequence_len=sequence_len,
-        learning_rate=learning_rate,
-        decay=decay,
-        seed=seed,
-    )
-    begin = gs.GrokConfig.read(config) if config is not None else open_checkpoint(start)
-    done = training.train(
-        data, out, recipe, start=begin, tokenizer=tokenizer, mesh=mesh,
-        report=lambda row: tqdm.write("  ".join(f"{k} {v}" for k, v in row.items())),
-        progress=lambda todo: tqdm(todo, initial=todo.start, total=todo.stop, unit=" steps"),
+        steps=steps, batch=batch, accumulate=accumulate, sequence_len=sequence_len, learning_rate=learning_rate,
+        decay=decay, seed=seed,
     )  # fmt: skip
+    begin = gs.GrokConfig.read(config) if config is not None else open_checkpoint(start)
+    try:
+        done = training.train(
+            data, out, recipe, start=begin, tokenizer=tokenizer, mesh=mesh,
+            report=lambda row: tqdm.write("  ".join(f"{k} {v}" for k, v in row.items())),
+            progress=lambda todo: tqdm(todo, initial=todo.start, total=todo.stop, unit=" steps"),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"grokscope: interrupted; the same command goes on in {out}", file=sys.stderr)
+        raise typer.Exit(130) from None
     print(f"written to {done}")
     for domain, row in training.evaluate_checkpoint(done, data, length=sequence_len, mesh=mesh).items():
         print(f"held out, {domain}: {row['nats']:.3f} nats per token, {row['bits_per_byte']:.3f} bits per byte")

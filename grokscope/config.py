@@ -23,7 +23,7 @@ class GrokConfig:
     widening_factor: float  # expert width before the 2/3 rule, as a multiple of D
     num_experts: int = 8  # E
     num_selected_experts: int = 2  # K
-    pad_token: int = 0
+    pad_token: int = 0  # as released; nothing here pads with it
     bos_token: int = 1
     eos_token: int = 2
     prompt_bos: bool = False  # whether a text prompt gets BOS in front; ids are never changed
@@ -119,7 +119,7 @@ class GrokConfig:
     @classmethod
     def read(cls, path: Path) -> "GrokConfig":
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"), str(path))
+            return cls.from_json(Path(path).read_text(encoding="utf-8-sig"), str(path))
         except UnicodeDecodeError as err:
             raise ValueError(f"{path} is not UTF-8 text: {err}") from err
 

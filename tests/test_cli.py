@@ -67,20 +67,33 @@ def test_rehearse(tmp_path):
         (("rehearse", "r", "--layers", "0"), "num_layers=0"),
         (("rehearse", "r", "--layers", "64000"), "make room"),
         (("train", "--data", "d", "--out", "o", "--steps", "3"), "either --config"),
+        (("plan", "--tokens", "9", "--capture", "q:foo=3"), "the selector 'foo' is none; there are layers"),
+        (("plan", "--tokens", "9", "--capture", "q:layers=1:layers=2"), "'layers' is given twice"),
+        (("plan", "--model", "grok-1", "--batch", "0"), "batch=0: expected at least 1"),
+        (("plan", "--tokens", "9", "--mesh", "2x2"), "--mesh, --context and --weights go with --model"),
+        (("dump", "latin.jsonl", "o"), "latin.jsonl is not UTF-8 text"),
+        (("dump", "deep.jsonl", "o"), "deep.jsonl, line 1, is not JSON"),
     ],
 )
-def test_errors_are_one_line(args, words):
-    found = run(*args, code=1)
+def test_errors_are_one_line(args, words, tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes('"é"'.encode("latin-1"))
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    found = run(*args, code=1, cwd=tmp_path)
     *_, last = found.stderr.splitlines()
     assert last.startswith("grokscope: ")
     assert words in last
     assert "Traceback" not in found.stderr
-    assert "Traceback" in run(*args, "--debug", code=1).stderr
+    assert "Traceback" in run(*args, "--debug", code=1, cwd=tmp_path).stderr
 
 
 def test_nothing_is_generated_for_a_folder_that_is_taken(tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     found = run("generate", "x", "--save", tmp_path, code=1)
+    assert "not an empty folder" in found.stderr
+    assert not found.stdout
+    (tmp_path / "trace").mkdir()
+    (tmp_path / "trace" / "mine.txt").touch()
+    found = run("demo", "--out", tmp_path, code=1)
     assert "not an empty folder" in found.stderr
     assert not found.stdout
 

@@ -11,6 +11,7 @@ import pytest
 
 import grokscope as gs
 from grokscope.notebook.widgets import explore as module
+from grokscope.run.trace import ROUTING
 
 CELL = "import grokscope as gs\ngrok = gs.load()\napp = gs.explore(grok)\napp"
 UNHURRIED = """
@@ -165,6 +166,30 @@ def test_kl_of_two_runs(app, grok):
     assert max(found[:until]) > 1e-3
 
 
+def test_experts_of_a_forced_run_as_they_are_sent(app):
+    """One expert a token at a layer and two at the others: all tables, in numbers."""
+    generated(app, [{"kind": "force", "layer": 2, "number": 1}])
+    app._receive(app, {"kind": "experts", "run": 1}, [])
+    message, buffers = app.sent[-1]
+    assert message["kind"] == "experts"
+    together = np.frombuffer(zlib.decompress(buffers[1]), np.float32).reshape(6, 28, 3)
+    assert (together[2, :, :2] == 0).all()
+    assert (together[[0, 1, 3, 4, 5], :, 0].sum(1) == len(app.trace)).all()
+
+
+def test_a_steered_run_outlives_those_it_was_steered_by(app, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "RUNS", 2)
+    generated(app, max=2)
+    generated(app, max=2, seed=1)
+    generated(app, [{"kind": "steer", "layer": 2, "number": 0, "factor": 2, "a": 1, "b": 2}], max=2)
+    generated(app, max=2)
+    assert [run.id for run in app._runs] == [3, 4]
+    app._receive(app, {"kind": "export", "run": 3, "taps": [], "directory": str(tmp_path / "d")}, [])
+    app._worker.join(60)
+    assert app.sent[-1][0]["kind"] == "exported"
+    assert gs.open(tmp_path / "d")[0].meta["edits"] == app.runs[0].meta["edits"]
+
+
 def test_edits_of_the_panel(app):
     """Each kind is the edit it names; a run under it is the run with that edit."""
     generated(app)
@@ -265,6 +290,28 @@ def test_a_view_in_the_browser(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_explorers_in_one_notebook(tmp_path):
+    """A label of the second is of a field of the second."""
+    lab.needs_chromium()
+    lab.write_notebook(tmp_path / "two.ipynb", CELL, "gs.explore(grok)")
+    with lab.server(tmp_path) as url, lab.page() as page:
+        lab.run_all(page, url("two.ipynb"))
+        page.wait_for_function("() => document.querySelectorAll('.gs:not(.unknown) #b-gen').length === 2")
+        first, second = (page.locator(".gs").nth(i) for i in range(2))
+        before = first.locator("#taps input").evaluate_all("all => all.map((one) => one.checked)")
+        second.locator("#taps label", has_text="logits").last.click()
+        assert second.locator("#taps input").evaluate_all("all => all.map((one) => one.checked)") != before
+        assert first.locator("#taps input").evaluate_all("all => all.map((one) => one.checked)") == before
+        second.locator(".fields label", has_text="Seed").locator("span").click()
+        assert second.locator("#f4").evaluate("one => one === document.activeElement")
+        second.locator("#a-add").click()
+        second.locator("#elist label").click()
+        assert second.locator("#ecount").inner_text() == "0 of 1 on"
+        assert first.locator("#ecount").inner_text() == ""
+        assert page.errors == []
+
+
+@pytest.mark.slow
 def test_a_long_text_in_the_browser(tmp_path):
     """The overview moves the window; strip, map and head follow; a read outside of it is one click away."""
     lab.needs_chromium()
@@ -309,8 +356,22 @@ def test_a_session_in_the_browser(lab_url, tmp_path):
         made = int(re.search(r"at (\d+) of 900", page.inner_text(".gs #pgt"))[1])
         assert 5 <= made < 900
 
+        page.click(".gs #b-gen")
+        page.wait_for_function("() => /^([5-9]|[0-9]{2,}) of 900/.test(document.querySelector('.gs #pgt').textContent)")
+        page.click(".gs #trun tr:nth-child(3) button >> nth=0")
+        first = int(page.inner_text(".gs #pgt").split()[0])
+        page.wait_for_function(f"() => parseInt(document.querySelector('.gs #pgt').textContent) > {first}")
+        page.click(".gs #b-stop")
+        page.wait_for_function("() => document.querySelector('.gs #pgt').textContent.startsWith('Done: 40 of 40')")
+        assert page.locator(".gs #trun tr").count() == 3, "the run that was looked at is not the one that was stopped"
+        page.click(".gs #trun tr:nth-child(1) button >> nth=0")
+        assert page.inner_text(".gs #pgt").startswith("Stopped at")
+
         page.click(".gs [data-k='l+']")
         assert page.inner_text(".gs #o-l") == "1"
+        page.press(".gs #xkey button >> nth=3", "Enter")
+        assert page.evaluate("() => document.activeElement.dataset.e") == "3", "the focus stays"
+        page.press(".gs #xkey button >> nth=3", "Enter")
         box = page.locator(".gs #c-map").bounding_box()
         before = len(page.told)
         page.mouse.move(box["x"] + 100, box["y"] + 60)
@@ -327,7 +388,7 @@ def test_a_session_in_the_browser(lab_url, tmp_path):
         page.click(".gs #quick [data-q='ban']")
         assert "Ban expert" in page.inner_text(".gs #elist")
         page.click(".gs #b-run")
-        page.wait_for_function("() => document.querySelectorAll('.gs #trun tr').length === 4")
+        page.wait_for_function("() => document.querySelectorAll('.gs #trun [data-r=A]').length === 5")
         assert page.inner_text(".gs #o-t") == "25", "an edited run is looked at where the one before was"
         page.click(".gs #trun tr:nth-child(2) [data-r='A']")
         page.click(".gs #trun tr:nth-child(1) [data-r='B']")
@@ -345,7 +406,7 @@ def test_a_session_in_the_browser(lab_url, tmp_path):
         page.evaluate("async () => await window.jupyterapp.commands.execute('docmanager:save')")
         page.reload()
         page.wait_for_function(lab.READY)
-        page.wait_for_function("() => document.querySelectorAll('.gs #trun tr').length === 4")
+        page.wait_for_function("() => document.querySelectorAll('.gs #trun tr').length === 5")
         assert page.input_value(".gs #pbox") == "The cat sat on the mat. The cat"
         assert "Ban expert" in page.inner_text(".gs #elist")
         page.wait_for_selector(".gs .tok >> nth=2")
@@ -401,6 +462,10 @@ def test_views_that_cannot_be(grok, app):
         gs.view(grok.trace([1, 2]), panes="logit_lens")
     with pytest.raises(ValueError, match="Trace 0 lacks attention"):
         gs.view(grok.trace([1, 2]), panes=["attention"])
+    with pytest.raises(ValueError, match="lacks routing of all layers"):
+        gs.view(grok.trace([1, 2], capture=[gs.capture(tap, layers=[2, 5]) for tap in ROUTING]))
+    with pytest.raises(ValueError, match="Trace 0 lacks attention"):
+        gs.view(grok.trace([1, 2], capture=gs.capture("attn_pattern", layers=2)), panes=["attention"])
     with pytest.raises(ValueError, match="give two"):
         gs.view(grok.trace([1, 2]), panes=["compare"])
     with pytest.raises(TypeError, match="view takes Traces"):

@@ -107,10 +107,33 @@ def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch
     needed = ckpt0.payload_bytes(small_config())
     usage = [needed]
     monkeypatch.setattr(ckpt0.shutil, "disk_usage", lambda path: type("", (), {"free": usage[0]}))
-    (tmp_path / "r.partial").mkdir()
+    (tmp_path / "r" / ckpt0.UNFINISHED).mkdir(parents=True)
     with pytest.raises(OSError, match=r"r needs .* more .* its disk has .* free; make room or choose"):
         rehearse.rehearse(tmp_path / "r", small_config())
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "r").iterdir())
     usage[0] += needed // 100
     assert gs.verify(rehearse.rehearse(tmp_path / "r", small_config())).ok
     assert [p.name for p in tmp_path.iterdir()] == ["r"]
+
+
+def test_where_it_is_written(tmp_path):
+    """Beside what is a user's, through a link, and nothing stays of what failed."""
+    (tmp_path / "r.partial").mkdir()
+    (tmp_path / "r.partial" / "mine").touch()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for name in ("r", "link"):
+        assert gs.verify(rehearse.rehearse(tmp_path / name, small_config())).ok
+    assert (tmp_path / "link").is_symlink()
+    assert not (tmp_path / "disk" / ckpt0.UNFINISHED).exists()
+    assert (tmp_path / "r.partial" / "mine").exists()
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        with pytest.raises(KeyboardInterrupt):
+            ckpt0.write(tmp_path / name, small_config(), interrupt)
+    assert not (tmp_path / "new").exists()
+    assert not list((tmp_path / "empty").iterdir())

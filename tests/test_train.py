@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import re
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from grokscope import train
 from grokscope.checkpoint import ckpt0
 from grokscope.model import sharding, transformer
 from grokscope.model.taps import TAPS
+from grokscope.run.engine import bundled_checkpoint
 
 CONFIG = small_config(vocab_size=64, num_layers=2, embedding_multiplier_scale=48**0.5)
 RECIPE = train.Recipe(steps=60, batch=4, sequence_len=32, warmup=5, learning_rate=1e-2)
@@ -304,6 +306,11 @@ def test_recipes_that_do_not_fit_are_refused(data, tmp_path):
         dataclasses.replace(SHORT, accumulate=3)
     with pytest.raises(ValueError, match="accumulate=0: expected at least 1"):
         dataclasses.replace(SHORT, accumulate=0)
+    for rate in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="expected a number above 0"):
+            dataclasses.replace(SHORT, learning_rate=rate)
+    with pytest.raises(ValueError, match="seed=-1"):
+        dataclasses.replace(SHORT, seed=-1)
     for changes, mesh, why in (
         ({"batch": 12}, "8x1", r"batch=12 on mesh='8x1': .* 1 \* 8"),
         ({"accumulate": 4}, "8x1", r"batch=16 on mesh='8x1': .* 4 \* 8"),
@@ -329,11 +336,62 @@ def test_data_that_does_not_fit(data, tmp_path):
         train.TokenData(tmp_path, "train", 64)
     with pytest.raises(ValueError, match="holds id 63; the model's vocabulary has 40"):
         train.TokenData(data, "train", 40)
-    with pytest.raises(ValueError, match="a window needs 6001"):
-        train.TokenData(data, "train", 64).batch(0, 0, 1, 6000)
+    for text, why in (
+        ('{"weights": {"x": 1}, "bytes_per_token": {"y": 1}}', "bytes_per_token lacks x"),
+        ('{"weights": {"x": 0}, "bytes_per_token": {"x": 1}}', "weights of x is 0; expected a number above 0"),
+        ('{"weights": ["x"], "bytes_per_token": {"x": 1}}', r'expected "weights": .*, found \[\'x\'\]'),
+        ("[]", 'expected "weights": .*, found None'),
+        ("{bad", "is not JSON"),
+    ):
+        (tmp_path / "meta.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"meta\.json.*{why}"):
+            train.TokenData(tmp_path, "train", 64)
     (tmp_path / "meta.json").write_text('{"weights": {"x": 1}, "bytes_per_token": {"x": 1}}')
     with pytest.raises(FileNotFoundError, match=r"neither .*train\.x\.u16 nor train\.x\.u16\.xz"):
         train.TokenData(tmp_path, "train", 64)
+    for split, length in (("train", 9), ("valid", 9000)):
+        np.arange(length, dtype="<u2").clip(0, 50).tofile(tmp_path / f"{split}.x.u16")
+    with pytest.raises(ValueError, match="domain x has 9 tokens to train, a window needs 10; shorten"):
+        train.train(tmp_path, tmp_path / "run", dataclasses.replace(SHORT, sequence_len=9), start=FEW)
+    with pytest.raises(ValueError, match="8192 pieces, more than the 64 ids"):
+        train.train(data, tmp_path / "run", SHORT, start=FEW, tokenizer=bundled_checkpoint() / "tokenizer.model")
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_saves_what_is_done(data, random_few, single_run, tmp_path, listening):
+    """The same call goes on from there, to the bit, and the log has each step once."""
+    start = ckpt0.open_checkpoint(random_few)
+
+    def pressed(steps):
+        for step in steps:
+            if step == 1:
+                signal.raise_signal(signal.SIGINT)
+            yield step
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(data, tmp_path, SHORT, start=start, progress=pressed)
+    assert state_of(tmp_path)["step"] == 2
+    (tmp_path / "log.jsonl").write_text('{"step": 2}\n{"step": 3}\n')  # as of a run that was killed behind its state
+    train.train(data, tmp_path, SHORT, start=start)
+    agree(state_of(tmp_path), single_run[0], atol=0)
+    assert [json.loads(row)["step"] for row in (tmp_path / "log.jsonl").read_text().splitlines()] == [2, 3]
+
+
+def test_the_state_is_saved_every_few_minutes(data, random_few, tmp_path, monkeypatch):
+    saved, save = [], train.save_state
+    monkeypatch.setattr(train, "save_state", lambda path, step, state: (saved.append(step), save(path, step, state)))
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    train.train(data, tmp_path, SHORT, start=ckpt0.open_checkpoint(random_few))
+    assert saved[0] == 1
+    assert saved[-1] == 3
+
+
+def test_a_run_that_diverges_stops(data, random_few, tmp_path):
+    """And says so; no checkpoint is written of what is not finite."""
+    start, wild = ckpt0.open_checkpoint(random_few), dataclasses.replace(SHORT, learning_rate=1e30, decay=0.0)
+    with pytest.raises((RuntimeError, ValueError), match="diverged"):
+        train.train(data, tmp_path, wild, start=start)
+    assert not (tmp_path / "checkpoint").exists()
 
 
 def test_a_run_of_an_older_version_goes_on(tmp_path):

@@ -22,6 +22,7 @@ from grokscope.model.params import GLOBAL_PARAMS, LAYER_PARAMS, Param
 from grokscope.model.quant import QuantizedWeight, quantize
 
 SUMS = "SHA256SUMS"
+UNFINISHED = ".unfinished"  # folder inside of a checkpoint that is being written
 
 Progress = Callable[[Collection], Iterable]
 """Wraps a collection that takes long to go through, as tqdm does."""
@@ -97,16 +98,31 @@ class Checkpoint:
 
     def read(self, slot: Slot) -> Tensor:
         """The memory-mapped tensor of a slot. Raises FileNotFoundError or TensorFileError, naming file and weight."""
-        path = self.tensors / slot.file
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path} ({slot.path}) is missing; `grokscope verify {self.directory}` lists all faults"
-            )
+        path = self.file(slot)
         tensor = tensorfile.read(path)
         expected = slot.param.shape(self.config)
         if tensor.weight.shape != expected or (tensor.scales is not None and slot.param.groups is None):
             raise TensorFileError(f"{path} ({slot.path}): {self._mismatch(tensor, slot, expected)}")
         return tensor
+
+    def file(self, slot: Slot) -> Path:
+        """The file of a slot. Raises FileNotFoundError, naming file and weight."""
+        path = self.tensors / slot.file
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} ({slot.path}) is missing; `grokscope verify {self.directory}` lists all faults"
+            )
+        return path
+
+    def refuse_more(self) -> None:
+        """Raises ValueError where there are more tensor files than the config says: then it is of another model."""
+        number = len(slots(self.config))
+        beyond = self.tensors / f"tensor{number:05d}_000"
+        if beyond.exists():
+            raise ValueError(
+                f"{self.directory}: config.json says {self.config.num_layers} layers, which are {number} tensor files, "
+                f"and there is {beyond.name}; `grokscope verify {self.directory}` lists all faults"
+            )
 
     def _mismatch(self, tensor: Tensor, slot: Slot, expected: tuple[int, ...]) -> str:
         found = f"found {tensor.weight.dtype} {list(tensor.weight.shape)}, expected {list(expected)}"
@@ -119,7 +135,7 @@ class Checkpoint:
         """sha256 over config, file sizes, and router and norm files: identifies a checkpoint without reading it all."""
         digest = hashlib.sha256(self.config.to_json().encode())
         for slot in slots(self.config):
-            path = self.tensors / slot.file
+            path = self.file(slot)
             digest.update(f"{slot.file} {path.stat().st_size}\n".encode())
             if slot.param.name == "scale" or slot.param.module == "layer/router":
                 digest.update(path.read_bytes())
@@ -155,15 +171,29 @@ def write(
     """Writes a checkpoint in the released form, int8 with 8 scale groups on row-parallel matrices, with SHA256SUMS.
 
     `weight(slot)` gives a float array, quantised here where the release is quantised, or a QuantizedWeight or Tensor as
-    it is to be stored. The directory appears whole or not at all; one that already has contents is refused, and so is a
-    disk without room for it.
+    it is to be stored. While it is written all lies in a folder inside of `directory`, so that there is a whole
+    checkpoint or none; what was begun is deleted. A directory that has contents is refused, and so is a disk without
+    room for it.
     """
     directory = Path(directory)
-    if directory.exists() and any(directory.iterdir()):
+    partial = directory / UNFINISHED
+    if directory.exists() and any(path != partial for path in directory.iterdir()):
         raise FileExistsError(f"{directory} is not empty; choose a new folder, or delete it first")
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     require_room(directory, payload_bytes(config))
+    new = not directory.exists()
+    try:
+        _write(partial, config, weight, tokenizer, progress)
+    except BaseException:
+        shutil.rmtree(directory if new else partial, ignore_errors=True)
+        raise
+    for path in sorted(partial.iterdir()):  # config.json, without which it is none, behind the tensors
+        path.rename(directory / path.name)
+    partial.rmdir()
+    return directory
+
+
+def _write(partial: Path, config: GrokConfig, weight, tokenizer: Path | None, progress: Progress) -> None:
     (partial / "ckpt-0").mkdir(parents=True)
     (partial / "config.json").write_text(config.to_json())
     if tokenizer is not None:
@@ -176,10 +206,6 @@ def write(
     files = sorted(p for p in partial.rglob("*") if p.is_file())
     sums = [f"{_sha256(p)}  {p.relative_to(partial)}\n" for p in progress(files)]
     (partial / SUMS).write_text("".join(sums))
-    if directory.exists():
-        directory.rmdir()
-    partial.rename(directory)
-    return directory
 
 
 def _stored(slot: Slot, value: np.ndarray | QuantizedWeight | Tensor) -> Tensor:
@@ -301,7 +327,7 @@ def _changed(sums: Path, expected: list[Slot], checkpoint: Checkpoint, progress:
     """Files that differ from SHA256SUMS, and tensor files that it does not list."""
     listed = {}
     problems = []
-    for number, line in enumerate(sums.read_text().splitlines(), 1):
+    for number, line in enumerate(sums.read_text("utf-8", "replace").splitlines(), 1):
         found = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
         if found:
             listed[found[2]] = found[1]

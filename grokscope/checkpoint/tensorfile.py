@@ -89,6 +89,7 @@ class _Bytes:
 
 
 _MARK = object()
+MOST_OPCODES = 1000
 
 
 class _Reader:
@@ -149,8 +150,10 @@ class _Reader:
         """The object of the file. Raises TensorFileError at the first byte that the format does not have."""
         if self.take(2) != b"\x80\x04":
             raise self.fail(repr(self.data[:2].tobytes()), "a pickle of protocol 4 (bytes 80 04)", 0)
-        while (code := self.take(1)) != b".":
-            begin = self.at - 1
+        for _ in range(MOST_OPCODES):
+            begin = self.at
+            if (code := self.take(1)) == b".":
+                break
             if code in CONSTANTS:
                 self.stack.append(CONSTANTS[code])
             elif code in NUMBERS:
@@ -161,6 +164,8 @@ class _Reader:
                 self.stack.append(self.recall(self.number(REFERENCES[code]), begin))
             else:
                 self.operate(code, begin)
+        else:
+            raise self.fail(f"more than {MOST_OPCODES} operations", "the few of an array and its scales")
         if self.at != len(self.data):
             raise self.fail(f"{len(self.data) - self.at} bytes after the end", "nothing")
         return self.pop()

@@ -74,6 +74,9 @@ class Reader:
     mesh: Mesh | None = None
     pages: Pages = dataclasses.field(default_factory=lambda: Pages(0))
 
+    def __post_init__(self):
+        self.checkpoint.refuse_more()
+
     @property
     def config(self) -> GrokConfig:
         return self.checkpoint.config

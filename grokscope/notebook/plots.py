@@ -79,7 +79,7 @@ def routing(trace: Trace, ax: "Axes | None" = None) -> "Axes":
         _layer_ticks(ax, trace.layers["expert_index"])
         if length <= 48:
             labels = [look.piece_label(p) for p in trace.pieces]
-            ax.set_xticks(range(length), labels, rotation=90, fontsize=6.5)
+            ax.set_xticks(range(length), labels, rotation=90, fontsize=6.5, parse_math=False)
         else:
             ax.set_xlabel("position (tokens)")
         ax.set_ylabel("layer")
@@ -208,8 +208,9 @@ def attention(trace: Trace, layer: int, head: int | None = None, ax: "Axes | Non
                 for line in (ax.axvline, ax.axhline):
                     line(boundary, color=look.EDGE, linestyle=(0, (2, 1.5)), linewidth=0.8)
             if len(trace) <= 40:
-                ax.set_xticks(range(len(trace)), [look.piece_label(p) for p in trace.pieces], rotation=90, fontsize=6)
-                ax.set_yticks(range(len(positions)), [look.piece_label(trace.pieces[i]) for i in positions], fontsize=6)
+                labels = [look.piece_label(p) for p in trace.pieces]
+                ax.set_xticks(range(len(trace)), labels, rotation=90, fontsize=6, parse_math=False)
+                ax.set_yticks(range(len(positions)), [labels[i] for i in positions], fontsize=6, parse_math=False)
             ax.set_title(f"Head {layer}.{head}: row reads column (square root)")
             return ax
         ax.set_axis_off()
@@ -246,7 +247,10 @@ def token_strip(trace: Trace, layer: int = 0, ax: "Axes | None" = None) -> "Axes
             for i, label in line:
                 tone = np.array(to_rgb(look.expert_color(experts[i]))) * (w := 0.7 * look.gate_weight(gates[i])) + 1 - w
                 ax.add_patch(Rectangle((x, row + 0.08), len(label), 0.84, facecolor=tone, linewidth=0))
-                ax.text(x, row + 0.52, label, family="monospace", fontsize=6.6, va="center", color=look.INK)
+                ax.text(
+                    x, row + 0.52, label, family="monospace", fontsize=6.6, va="center", color=look.INK,
+                    parse_math=False,
+                )  # fmt: skip
                 if i >= trace.prompt_length:
                     ax.plot((x, x + len(label)), (row + 0.92,) * 2, color=look.INK, linewidth=0.6)
                 x += len(label)
@@ -260,6 +264,8 @@ def logit_lens(trace: Trace, tap: str = "resid_post", ax: "Axes | None" = None) 
     Words are written where there is room for them, up to 32 positions: capture some (`positions=`) of a longer text.
     """
     frame = lens_table(trace, tap).query("best == 0")
+    if "layer" not in frame:
+        raise ValueError(f"{tap} has no layers to draw; grokscope.analysis.lens has its table")
     layers, positions = np.unique(frame.layer), np.unique(frame.position)
     probs = np.exp(frame.logprob.to_numpy()).reshape(len(layers), len(positions))
     words = frame.word.to_numpy().reshape(probs.shape)
@@ -272,8 +278,12 @@ def logit_lens(trace: Trace, tap: str = "resid_post", ax: "Axes | None" = None) 
                 label = look.piece_label(words[row, column])[:7]
                 color = look.ink_on(to_hex(SEQUENTIAL(probs[row, column])))
                 weight = "bold" if ranks[row, column] == 0 else "normal"
-                ax.text(column, row, label, ha="center", va="center", fontsize=6, color=color, weight=weight)
-            ax.set_xticks(range(len(positions)), [look.piece_label(trace.pieces[i]) for i in positions], rotation=90)
+                ax.text(
+                    column, row, label, ha="center", va="center", fontsize=6, color=color, weight=weight,
+                    parse_math=False,
+                )  # fmt: skip
+            labels = [look.piece_label(trace.pieces[i]) for i in positions]
+            ax.set_xticks(range(len(positions)), labels, rotation=90, parse_math=False)
         _layer_ticks(ax, list(layers))
         ax.set_ylabel("layer")
         best = "best next token after each layer, shade = probability; bold: it followed"
@@ -289,6 +299,8 @@ def compare(comparison: Comparison, ax: "Axes | None" = None) -> "Axes":
     if not comparison.layers:
         raise ValueError("nothing to draw: both runs need routing of the same layers at all positions")
     count = comparison.routing.shape[1]
+    if not count:
+        raise ValueError("nothing to draw: the two runs have no token in common")
     with _styled(ax, 7.2, float(np.clip(1.2 + 0.15 * len(comparison.layers), 2.2, 5.2))) as ax:
         image = ax.imshow(comparison.routing, cmap=SEQUENTIAL, vmin=0, vmax=1)
         _layer_ticks(ax, comparison.layers)
@@ -297,7 +309,7 @@ def compare(comparison: Comparison, ax: "Axes | None" = None) -> "Axes":
             ax.axvline(at, color=look.INK, linestyle=(0, (2, 1.5)), linewidth=1)
         if count <= 48:
             labels = [look.piece_label(comparison.a.pieces[i]) for i, _ in comparison.pairs]
-            ax.set_xticks(range(count), labels, rotation=90, fontsize=6.5)
+            ax.set_xticks(range(count), labels, rotation=90, fontsize=6.5, parse_math=False)
         ax.set_ylabel("layer")
         ax.set_title(f"Routing distance of two runs, {count} aligned tokens; dashed: texts part")
         ax.figure.colorbar(image, ax=ax, pad=0.01, fraction=0.03).outline.set_visible(False)

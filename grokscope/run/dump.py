@@ -26,6 +26,7 @@ import ml_dtypes
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from grokscope import look
@@ -187,7 +188,10 @@ def _save_tensors(traces: dict[int, Trace], path: Path) -> None:
     fields = {p: {name: getattr(t, name) for name in FIELDS} for p, t in traces.items()}
     path.touch()  # save_file alone lets nobody else read it
     mode = path.stat().st_mode
-    save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, path, {"traces": json.dumps(fields)})
+    try:
+        save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, path, {"traces": json.dumps(fields)})
+    except SafetensorError as err:
+        raise OSError(f"{path} cannot be written: {err}") from err
     path.chmod(mode)
 
 

@@ -623,7 +623,11 @@ class Grok:
                     f"{name} is a text, but {self._checkpoint.directory} has no tokenizer.model; "
                     "give token ids, or load(..., tokenizer=path)"
                 )
-            ids = np.array([self.config.bos_token] * self.config.prompt_bos + self.tokenizer.encode(prompt), np.int32)
+            try:
+                ids = self.tokenizer.encode(prompt)
+            except ValueError as err:
+                raise ValueError(f"{name}: {err}") from err
+            ids = np.array([self.config.bos_token] * self.config.prompt_bos + ids, np.int32)
         else:
             try:
                 ids = np.asarray(prompt)

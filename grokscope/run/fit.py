@@ -114,6 +114,8 @@ def _fit(config, mesh: str, temporaries: int, context: int, batch: int, capture,
 
 def _shapes(context: int, batch: int, devices) -> tuple[list[Sequence], int, int, int]:
     """Prompts that fill the context but for a token; slots and cache length of decode; prompts prefilled together."""
+    if batch < 1:
+        raise ValueError(f"batch={batch}: expected at least 1")
     sequences = [Sequence(context - 1, 1)] * batch
     slots, length = shapes(sequences, batch, devices)
     return sequences, slots, length, num_rows(len(batches(sequences, slots)[0]))

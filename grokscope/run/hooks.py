@@ -334,9 +334,7 @@ def _edited(kind: EditKind, given: dict, value: Array, at: At, chosen: Array | N
 
 
 def _of_as_many(kind: EditKind, picked: Array, on: Array, moved: Array) -> tuple[Array, Array]:
-    """Values for fewer experts than a token may take here, as many as that: what is beyond them stays as it is, but that
-    nobody is chosen there.
-    """
+    """Values for fewer experts than a token may take here, as many: what is beyond stays as it is, but is nobody's."""
     given, taken = picked.shape[2], moved.shape[2]
     if given > taken:
         raise ValueError(

@@ -81,9 +81,9 @@ class Explore(Page):
             made = [edit for one in edits for edit in self._edit(one)]
         self._number += 1
         name = ", ".join(_short(one) for one in edits) or f"baseline, seed {options['seed']}"
-        run = Run(self._number, name, prompt, options, edits)
+        run = Run(self._number, name, prompt, options, made)
         self._stop.clear()
-        self._worker = threading.Thread(target=self._generate, name="generate", args=(run, made), daemon=True)
+        self._worker = threading.Thread(target=self._generate, name="generate", args=(run,), daemon=True)
         self._worker.start()
 
     def _on_stop(self) -> None:
@@ -122,12 +122,12 @@ class Explore(Page):
     def _predicted(self, trace: Trace) -> Trace:
         """The Trace up to its logits, under its own edits."""
         run = next(one for one in self._runs if one.trace is trace)
-        with self._grok.edits(*(edit for one in run.edits for edit in self._edit(one))):
+        with self._grok.edits(*run.edits):
             found = self._grok.trace(trace.tokens, capture=["logits"], budget=COMPARED)
         assert isinstance(found, Trace)
         return found
 
-    def _generate(self, run: Run, made: list[Edit]) -> None:
+    def _generate(self, run: Run) -> None:
         waiting: list[tuple] = []
         begun = sent = time.perf_counter()
 
@@ -157,7 +157,7 @@ class Explore(Page):
         try:
             ids = self._grok.encode(run.prompt)
             prompt_length = len(ids)
-            with self._model, self._grok.edits(*made):
+            with self._model, self._grok.edits(*run.edits):
                 (trace,) = self._grok.stream(
                     [ids], o["max"], temperature=o["temperature"], top_p=o["top_p"], seed=o["seed"], on_token=on_token,
                     capture=["router_logits", capture("attn_pattern", later=True), lens],
@@ -196,7 +196,7 @@ class Explore(Page):
             plan = self._grok.plan([trace.tokens], capture=list(taps) or ())
             watch = threading.Thread(target=self._watch, args=(Path(directory), plan.total["disk"], done), daemon=True)
             watch.start()
-            with self._model, self._grok.edits(*(edit for one in run.edits for edit in self._edit(one))):
+            with self._model, self._grok.edits(*run.edits):
                 dump = self._grok.dump([trace.tokens], directory, capture=list(taps) or ())
             done.set()
             watch.join()

@@ -29,7 +29,8 @@ from grokscope.analysis.compare import Comparison, compare
 from grokscope.config import GrokConfig
 from grokscope.model.taps import TAPS
 from grokscope.notebook import plots
-from grokscope.run.trace import Trace
+from grokscope.run.edits import Edit
+from grokscope.run.trace import ROUTING, Trace
 
 BROWSER = Path(__file__).with_name("browser")
 PARTS = (
@@ -67,13 +68,13 @@ def _module() -> str:
 
 @dataclasses.dataclass
 class Run:
-    """One run of the session. `trace` is None until it is done."""
+    """One run of the session. `trace` is None until it is done; `edits` are those it ran under."""
 
     id: int
     name: str
     prompt: str
     options: dict[str, Any]
-    edits: list[dict[str, Any]]
+    edits: list[Edit]
     trace: Trace | None = None
     seconds: float = 0.0
 
@@ -107,7 +108,7 @@ class Page(anywidget.AnyWidget):
         parts = [last._repr_html_(), _image(plots.routing, last)]
         if "compare" in self._panes and len(self.runs) > 1:
             comparison = compare(*self.runs[-2:])
-            parts += [comparison._repr_html_(), _image(plots.compare, comparison)]
+            parts += [comparison._repr_html_(), *([_image(plots.compare, comparison)] if len(comparison.pairs) else [])]
         return f'<div class="gs-still">{"".join(parts)}</div>'
 
     @property
@@ -248,7 +249,7 @@ class Page(anywidget.AnyWidget):
         """A run that is done, and its experts. `known`: the page has them from the stream; if not, it asks
         (`_on_whole`)."""
         experts = b"" if known else zlib.compress(experts_bytes(trace["expert_index"]), 1)
-        self.send({"kind": "run", **self._summary(run, trace)}, [experts])
+        self.send({"kind": "run", "kept": len(self._runs), **self._summary(run, trace)}, [experts])
 
     def _trace(self, run: int) -> Trace:
         for one in self._runs:
@@ -341,8 +342,10 @@ def view(*traces: Trace, panes: str | Sequence[str] = VIEWS) -> Page:
     if unknown := set(chosen) - set(possible):
         raise ValueError(f"no pane {min(unknown)!r}; panes are {', '.join(possible)}")
     for i, trace in enumerate(traces):
-        if "router" not in trace.tables or "T" in trace.numbers["expert_index"]:
-            raise ValueError(f"Trace {i} lacks routing at all positions; capture router_logits")
+        if not all(_whole(trace, tap) for tap in ROUTING):
+            raise ValueError(f"Trace {i} lacks routing of all layers and positions; capture router_logits")
+        if _sizes(trace) != _sizes(traces[0]):
+            raise ValueError(f"Trace {i} is of a model of {_sizes(trace)}, those before of {_sizes(traces[0])}")
         if "attention" in chosen and not _has_attention(trace):
             if panes != VIEWS:
                 raise ValueError(f'Trace {i} lacks attention; capture gs.capture("attn_pattern", later=True)')
@@ -356,6 +359,14 @@ def view(*traces: Trace, panes: str | Sequence[str] = VIEWS) -> Page:
 
 
 def _has_attention(trace: Trace) -> bool:
-    """Whether all heads are there at all positions."""
-    taps = ["attn_pattern"] if "attn_pattern" in trace.taps else ["q", "k"]
-    return all(tap in trace.taps and not {"H", "G", "T", "S"} & set(trace.numbers[tap]) for tap in taps)
+    """Whether all heads are there, of all layers, at all positions."""
+    return all(_whole(trace, tap) for tap in (["attn_pattern"] if "attn_pattern" in trace.taps else ["q", "k"]))
+
+
+def _whole(trace: Trace, tap: str) -> bool:
+    return tap in trace.taps and trace.numbers[tap] == {"L": [*range(trace.meta["config"]["num_layers"])]}
+
+
+def _sizes(trace: Trace) -> str:
+    c = trace.meta["config"]
+    return f"{c['num_layers']} layers, {c['num_experts']} experts, {c['num_q_heads']} heads"

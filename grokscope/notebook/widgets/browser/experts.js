@@ -129,11 +129,8 @@ function experts() {
   const own = tables()[S.phase],
     last = S.l >= L - 1;
   const [name, tokens] = [{ all: "all", prefill: "prefill", decode: "decode" }[S.phase], own ? own.tokens : 0];
-  $("#xtitle").textContent = own
-    ? `layer ${S.l}, ${name}, ${tokens} tokens`
-    : V.done
-      ? `no ${name} tokens`
-      : "when the run is done";
+  const none = !V.done ? "when the run is done" : V.experts?.all ? `no ${name} tokens` : "";
+  $("#xtitle").textContent = own ? `layer ${S.l}, ${name}, ${tokens} tokens` : none;
   $("#xscale").innerHTML =
     `<span>⅛</span><i style="background:linear-gradient(90deg,${css("--div")})"></i><span>8 × as often as by chance</span>`;
   $("#coact h3").textContent = "Chosen together";
@@ -151,7 +148,7 @@ function list(id, title, of, unlike, sign) {
   const found = [];
   for (let a = 0; a < E; a++) for (let b = 0; b < E; b++) if (unlike(a, b) && of(a, b)) found.push([a, b, ...of(a, b)]);
   found.sort((x, y) => (y[2] - y[3] < x[2] - x[3] ? -1 : 1));
-  const swatch = (e) => `<i class="sw" style="background:var(--x${e % 8})"></i> ${e}`;
+  const swatch = (e) => `<i class="sw" style="background:${tint(e)}"></i> ${e}`;
   const rows = found
     .slice(0, 6)
     .filter((x) => x[4] > 1)

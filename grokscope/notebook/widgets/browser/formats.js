@@ -22,5 +22,6 @@ const bytes = (b) => {
   }
   return (i ? (b < 9.995 ? b.toFixed(2) : b < 99.95 ? b.toFixed(1) : Math.round(b)) : b) + NN + u[i];
 };
-const esc = (s) => s.replace(/[&<>]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[c]);
+const esc = (s) => s.replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
+const tint = (e) => `var(--x${e % 8})`; // the colour of an expert
 const show = (p) => p.replace(/\n/g, "⏎").replace(/ /g, "·");

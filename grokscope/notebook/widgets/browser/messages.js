@@ -70,6 +70,7 @@ const on = {
     fill(run, m.start, f32(gates), f32(z));
     runs.set(run.id, run);
     run.begun = performance.now();
+    S.active = run.id;
     S.state = "running";
     S.follow = !S.edited; // an edited run is looked at where the one before was
     if (S.follow) S.t = run.n - 1;
@@ -87,13 +88,13 @@ const on = {
     ran(run, i8(experts), m.tokens.length);
     fill(run, start, f32(gates), f32(z));
     run.seconds = (performance.now() - run.begun) / 1000;
+    ident();
+    promptPane();
     if (run !== V) return;
     if (S.follow) run.w0 = run.n - WINDOW;
     use(run);
     if (S.follow) S.t = run.n - 1;
     restore();
-    ident();
-    promptPane();
     selbar();
     overview();
     strip();
@@ -113,9 +114,11 @@ const on = {
     run.T = run.n;
     run.lensLayers = m.lens_layers;
     runs.set(run.id, run);
-    for (const id of [...runs.keys()].filter((id) => runs.get(id).done).slice(0, -12)) forget(id);
+    const done = [...runs.keys()].filter((id) => runs.get(id).done);
+    for (const id of done.splice(0, done.length - m.kept)) forget(id);
     if (S.A === null) S.A = run.id;
     else S.B = run.id;
+    if (!runs.has(S.A)) S.A = done[0];
     S.state = run.finish === "interrupt" ? "stopped" : "ready";
     if (V === old || !V.n || !V.done) go(run, run.w0);
     restore();

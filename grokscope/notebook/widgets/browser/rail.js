@@ -11,14 +11,23 @@ const ICON = {
 };
 const busy = () => S.state === "running" || S.state === "waiting";
 const idle = () => !busy() && S.state !== "lost";
-const speed = () => (V.n > V.np && V.seconds > 0 ? (V.n - V.np) / V.seconds : 0);
+const speed = (run) => (run.n > run.np && run.seconds > 0 ? (run.n - run.np) / run.seconds : 0);
+// The run that is told of: while one is under way that one, whichever is looked at.
+const told = () => (busy() ? runs.get(S.active) || EMPTY : V);
+// Replaces what a box holds, and leaves the focus where it was.
+function rewrite(box, html) {
+  const FOCUS = "button, input",
+    at = [...box.querySelectorAll(FOCUS)].indexOf(root.getRootNode().activeElement);
+  box.innerHTML = html;
+  if (at >= 0) box.querySelectorAll(FOCUS)[at]?.focus();
+}
 const RECONNECT = "Run the cell again to reconnect";
 const three = (x) => (x >= 100 ? x.toFixed(0) : x.toFixed(1));
 
 function ident() {
   const [icon, word] = ICON[S.state];
   const facts = M0.facts.map((x) => `<span class="fact dim opt">${x}</span>`).join("");
-  const v = speed();
+  const v = speed(told());
   $("#ident").innerHTML =
     `<b>grokscope</b><span class="fact"><b>${esc(M0.name)}</b></span>${facts}<span class="fact"><span class="dim">numerics</span>${M0.numerics}</span><span class="sp"></span><span class="fact">${v ? three(v) + " tokens/s" : ""}</span><span class="state" role="status" id="state"${S.state === "lost" ? ` title="${RECONNECT}"` : ""}${S.state === "error" ? ' style="color:var(--bad)"' : ""}><svg viewBox="0 0 10 10">${icon}</svg>${word}</span>`;
 }
@@ -31,12 +40,15 @@ function selbar() {
   $("#r-l").value = S.l;
   const k = $("#xkey");
   k.classList.toggle("iso", S.iso >= 0);
-  k.innerHTML = [...Array(E)]
-    .map(
-      (_, e) =>
-        `<button aria-pressed="${S.iso === e}" data-e="${e}" title="Show only expert ${e}"><i class="sw" style="background:var(--x${e % 8})"></i>${e}</button>`,
-    )
-    .join("");
+  rewrite(
+    k,
+    [...Array(E)]
+      .map(
+        (_, e) =>
+          `<button aria-pressed="${S.iso === e}" data-e="${e}" title="Show only expert ${e}"><i class="sw" style="background:${tint(e)}"></i>${e}</button>`,
+      )
+      .join(""),
+  );
 }
 // Where it is said that something asked of the kernel failed.
 const PANE_OF = {
@@ -62,17 +74,19 @@ const message = (text) => (text ? `<div class="msg" role="alert">${esc(text)}</d
 function promptPane() {
   $("#b-gen").disabled = !idle();
   $("#b-stop").disabled = !busy();
-  const made = Math.max(0, V.n - V.np),
-    all = V.max || 1;
+  const run = told(),
+    made = Math.max(0, run.n - run.np),
+    all = run.max || 1;
   $("#pg").style.width = (100 * made) / all + "%";
   $("#pg").parentElement.classList.toggle("done", !busy());
-  const end = V.finish === "eos" ? "Ended by EOS at" : "Done:";
+  const end = { eos: "Ended by EOS at", interrupt: "Stopped at" }[run.finish] || "Done:";
+  const ended = run.n ? `${end} ${made} of ${all} tokens in ${f(run.seconds)} s` : "No run yet";
   $("#pgt").textContent = {
-    ready: V.n ? `${end} ${made} of ${all} tokens in ${f(V.seconds)} s` : "No run yet",
+    ready: ended,
     empty: "No run yet",
     waiting: `Compiling, ${S.message || "0"} s`,
-    running: `${made} of ${all} tokens, ${three(speed())} tokens/s`,
-    stopped: `Stopped at ${made} of ${all} tokens`,
+    running: `${made} of ${all} tokens, ${three(speed(run))} tokens/s`,
+    stopped: ended,
     error: "Nothing was generated",
     lost: RECONNECT,
   }[S.state];
@@ -83,27 +97,33 @@ function edits() {
       ? `Scale head ${e.layer}.${e.number} × ${e.factor}`
       : e.kind === "steer"
         ? `Steer ${e.a} − ${e.b} × ${e.factor} @ layer ${e.layer}`
-        : `${e.kind === "ban" ? "Ban" : "Force"} expert <i class="sw" style="background:var(--x${e.number % 8})"></i>${e.number} @ layer ${e.layer}`;
-  $("#elist").innerHTML =
+        : `${e.kind === "ban" ? "Ban" : "Force"} expert <i class="sw" style="background:${tint(e.number)}"></i>${e.number} @ layer ${e.layer}`;
+  rewrite(
+    $("#elist"),
     S.edits
       .map(
         (e, i) =>
-          `<div class="edit${e.on ? "" : " mute"}"><input type="checkbox" id="ed${i}" data-i="${i}"${e.on ? " checked" : ""}><label for="ed${i}">${name(e)}</label><button class="xbtn" data-i="${i}" aria-label="Remove this edit">×</button></div>`,
+          `<div class="edit${e.on ? "" : " mute"}"><label><input type="checkbox" data-i="${i}"${e.on ? " checked" : ""}>${name(e)}</label><button class="xbtn" data-i="${i}" aria-label="Remove this edit">×</button></div>`,
       )
-      .join("") || '<div class="dim" style="padding:4px 0">No edits. Add one below, or from a token.</div>';
+      .join("") || '<div class="dim" style="padding:4px 0">No edits. Add one below, or from a token.</div>',
+  );
   const n = S.edits.filter((e) => e.on).length;
   $("#ecount").textContent = S.edits.length ? `${n} of ${S.edits.length} on` : "";
   $("#b-run").disabled = !n || !idle();
 }
 function runList() {
-  const rows = [...runs.values()].filter((r) => r.done).reverse();
-  $("#trun").innerHTML =
+  const rows = [...runs.values()].filter((r) => r.done || (busy() && r.id === S.active)).reverse();
+  const mark = (r, side) =>
+    `<button data-r="${side}" data-id="${r.id}" aria-pressed="${S[side] === r.id}" aria-label="Run ${r.id} as ${side}">${side}</button>`;
+  rewrite(
+    $("#trun"),
     rows
       .map(
         (r) =>
-          `<tr class="pick" data-run="${r.id}"><td class="dim num" style="width:18px">${r.id}</td><td class="nm" title="${esc(r.name)}"${r === V ? ' style="font-weight:600"' : ""}>${esc(r.name)}</td><td class="num dim">${r.n - r.np}</td><td class="ab" style="padding-left:8px!important;white-space:nowrap"><button data-r="A" data-id="${r.id}" aria-pressed="${S.A === r.id}" aria-label="Run ${r.id} as A">A</button><button data-r="B" data-id="${r.id}" aria-pressed="${S.B === r.id}" aria-label="Run ${r.id} as B">B</button></td></tr>`,
+          `<tr class="pick" data-run="${r.id}"><td class="dim num" style="width:18px">${r.id}</td><td class="nm" title="${esc(r.name)}"${r === V ? ' style="font-weight:600"' : ""}><button>${esc(r.name)}</button></td><td class="num dim">${r.done ? r.n - r.np : "…"}</td><td class="ab" style="padding-left:8px!important;white-space:nowrap">${r.done ? mark(r, "A") + mark(r, "B") : ""}</td></tr>`,
       )
-      .join("") || '<tr><td class="dim">No runs yet</td></tr>';
+      .join("") || '<tr><td class="dim">No runs yet</td></tr>',
+  );
 }
 function taps() {
   if (V.done && !V.bytes && M0.panes.includes("export")) {
@@ -111,15 +131,16 @@ function taps() {
     tell({ kind: "price", run: V.id });
   }
   let total = 0;
-  $("#taps").innerHTML =
-    Object.entries(M0.taps)
-      .map(([n, d]) => {
-        const b = V.bytes && V.bytes[n];
-        if (S.taps[n] && b) total += b;
-        return `<tr title="${d}"><td><input type="checkbox" id="tp-${n}" data-n="${n}"${S.taps[n] ? " checked" : ""}></td><td class="code"><label for="tp-${n}">${n}</label></td><td class="num${S.taps[n] ? "" : " dim"}">${b === undefined ? "–" : bytes(b)}</td></tr>`;
-      })
-      .join("") +
-    `<tr class="tot"><td colspan="2">Total on disk</td><td class="num"><b style="font-weight:600">${bytes(total)}</b></td></tr>`;
+  const rows = Object.entries(M0.taps).map(([n, d]) => {
+    const b = V.bytes && V.bytes[n];
+    if (S.taps[n] && b) total += b;
+    return `<tr title="${d}"><td class="code"><label><input type="checkbox" data-n="${n}"${S.taps[n] ? " checked" : ""}>${n}</label></td><td class="num${S.taps[n] ? "" : " dim"}">${b === undefined ? "–" : bytes(b)}</td></tr>`;
+  });
+  rewrite(
+    $("#taps"),
+    rows.join("") +
+      `<tr class="tot"><td>Total on disk</td><td class="num"><b style="font-weight:600">${bytes(total)}</b></td></tr>`,
+  );
   $("#b-exp").disabled = !V.done || !idle() || S.writing;
   $("#xgt").textContent = S.writing
     ? S.writing.total
@@ -203,6 +224,7 @@ function generate(edited) {
   const { prompt, edits: _, ...options } = draft();
   S.error = {};
   S.written = null;
+  S.active = null;
   S.edited = edited;
   S.keep = edited ? S.t : null;
   S.state = "waiting";

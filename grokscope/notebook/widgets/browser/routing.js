@@ -9,7 +9,7 @@ function mapGeom() {
     mh = L * rh,
     tk = [
       [MINUS + "log p", (t) => (t ? LP[t] / -8 : 0), "0–8 nats"],
-      ["entropy", (t) => C[S.l][t].h / Math.log2(E), "0–3 bits"],
+      ["entropy", (t) => C[S.l][t].h / Math.log2(E), `0–${f(Math.log2(E), Math.log2(E) % 1 ? 1 : 0)} bits`],
       ["margin", (t) => C[S.l][t].ga - C[S.l][t].gb, "0–1"],
     ];
   const mw = w - gut - 1,
@@ -304,7 +304,7 @@ $("#c-load").addEventListener("pointermove", (ev) => {
     .join("");
   tipAt(
     ev,
-    `<div class="ti">Layer ${l}, <i class="sw" style="background:var(--x${e})"></i> expert ${e}</div><table>${r}<tr><th>uniform</th><td></td><td class="num">${pct(1 / E)}</td></tr></table>`,
+    `<div class="ti">Layer ${l}, <i class="sw" style="background:${tint(e)}"></i> expert ${e}</div><table>${r}<tr><th>uniform</th><td></td><td class="num">${pct(1 / E)}</td></tr></table>`,
   );
 });
 $("#c-load").addEventListener("pointerleave", hide);

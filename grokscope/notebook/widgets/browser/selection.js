@@ -141,8 +141,8 @@ function hide() {
 function cellTip(l, t) {
   const c = C[l][t],
     r = (n, e, gt) =>
-      `<tr><th>${n}</th><td><i class="sw" style="background:var(--x${e})"></i> ${e}</td><td class="num">${f(gt, 3)}</td><td class="num">${f(c.z[e], 2)}</td></tr>`;
-  return `<div class="ti">Layer ${l}, position ${t} <span class="code">${esc(show(TOK[t]))}</span></div><table><tr><th></th><th>expert</th><th class="num">gate</th><th class="num">logit</th></tr>${r("first", c.a, c.ga)}${c.b < 0 ? "" : r("second", c.b, c.gb)}</table><div class="mini">${[...c.p].map((p, e) => `<i style="height:${Math.max(1, (22 * p) / c.ga)}px;background:var(--x${e})"></i>`).join("")}</div><div class="mn">${[...c.p].map((_, e) => `<span>${e}</span>`).join("")}</div><div class="dim">entropy ${f(c.h)} bits, margin ${f(c.ga - c.gb)}, ${t < NP ? "prefill" : "decode"}</div>`;
+      `<tr><th>${n}</th><td><i class="sw" style="background:${tint(e)}"></i> ${e}</td><td class="num">${f(gt, 3)}</td><td class="num">${f(c.z[e], 2)}</td></tr>`;
+  return `<div class="ti">Layer ${l}, position ${t} <span class="code">${esc(show(TOK[t]))}</span></div><table><tr><th></th><th>expert</th><th class="num">gate</th><th class="num">logit</th></tr>${r("first", c.a, c.ga)}${c.b < 0 ? "" : r("second", c.b, c.gb)}</table><div class="mini">${[...c.p].map((p, e) => `<i style="height:${Math.max(1, (22 * p) / c.ga)}px;background:${tint(e)}"></i>`).join("")}</div><div class="mn">${[...c.p].map((_, e) => `<span>${e}</span>`).join("")}</div><div class="dim">entropy ${f(c.h)} bits, margin ${f(c.ga - c.gb)}, ${t < NP ? "prefill" : "decode"}</div>`;
 }
 function at(cv, ev) {
   const b = cv.getBoundingClientRect();
@@ -165,7 +165,8 @@ root.addEventListener("click", (ev) => {
     const run = runs.get(+row.dataset.run);
     S.written = null;
     if (idle()) S.state = run.finish === "interrupt" ? "stopped" : "ready";
-    go(run, run.w0);
+    S.follow = !run.done;
+    go(run, run.done ? run.w0 : run.n - WINDOW);
     return;
   }
   if (on("[data-t]")) pick({ t: +on("[data-t]").dataset.t });
@@ -219,9 +220,10 @@ root.addEventListener("keydown", (ev) => {
     return;
   }
   if (/^(INPUT|SELECT|TEXTAREA)$/.test(tg.tagName) && tg.type !== "checkbox") return;
+  const t = want && want.run === V && want.o.t !== undefined ? want.o.t : S.t; // or keys pressed meanwhile are lost
   const move = {
-    ArrowLeft: { t: S.t - 1 },
-    ArrowRight: { t: S.t + 1 },
+    ArrowLeft: { t: t - 1 },
+    ArrowRight: { t: t + 1 },
     ArrowUp: { l: S.l - 1 },
     ArrowDown: { l: S.l + 1 },
     "[": { h: S.h - 1 },

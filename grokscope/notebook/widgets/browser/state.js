@@ -55,6 +55,7 @@ const S = {
   edits: [],
   taps: {},
   follow: false,
+  active: null, // the run that was begun last
   error: {},
   message: "",
 };
@@ -170,6 +171,7 @@ function settle() {
   const { run, w0, o } = want;
   want = null;
   run.w0 = w0;
+  if (run !== V) for (const pane of ["attn", "exps", "lens", "rout"]) delete S.error[pane]; // of the one before
   use(run);
   Object.assign(S, o);
   all();

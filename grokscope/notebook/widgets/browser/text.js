@@ -1,7 +1,7 @@
 // The text, each token on the colour of a measure.
 
 const MEAS = {
-  entropy: { r: [0, 3], u: "bits" },
+  entropy: { r: [0, 3], u: "bits" }, // to log2 of the experts, once it is known how many there are
   margin: { r: [0, 1], u: "" },
   logp: { r: [-8, 0], u: "nats" },
   recv: { r: [0, 0.5], u: "" },
@@ -11,6 +11,7 @@ function measure(t) {
   return { entropy: c.h, margin: c.ga - c.gb, logp: LP[t], recv: attn(S.l, S.h).received?.[t - W0] ?? 0 }[S.measure];
 }
 function strip() {
+  MEAS.entropy.r[1] = Math.log2(E);
   const el = $("#strip");
   let h = "";
   if (!S.n) {
@@ -25,7 +26,7 @@ function strip() {
       cls = "tok";
     if (S.measure === "expert") {
       const c = C[S.l][t];
-      sty = `--c:var(--x${c.a});--a:calc(var(--tint)*${gateW(c.ga).toFixed(2)})`;
+      sty = `--c:${tint(c.a)};--a:calc(var(--tint)*${gateW(c.ga).toFixed(2)})`;
       if (S.iso >= 0 && c.a !== S.iso) cls += " off";
     } else {
       const m = MEAS[S.measure];
@@ -56,7 +57,7 @@ function strip() {
   $("#tcount").textContent = `${S.n} tokens: ${Math.min(NP, S.n)} prefill, ${Math.max(0, S.n - NP)} decode`;
   const m = MEAS[S.measure];
   $("#tscale").innerHTML = m
-    ? `<span>${S.measure === "logp" ? "0" : f(m.r[0], 0)}</span><i style="background:linear-gradient(90deg,${css("--seq")})"></i><span>${S.measure === "logp" ? MINUS + "8" : m.r[1] < 1 ? m.r[1] : m.r[1]}${m.u ? " " + m.u : ""}</span>`
+    ? `<span>${S.measure === "logp" ? "0" : f(m.r[0], 0)}</span><i style="background:linear-gradient(90deg,${css("--seq")})"></i><span>${S.measure === "logp" ? MINUS + "8" : +m.r[1].toFixed(1)}${m.u ? " " + m.u : ""}</span>`
     : "";
   const s = el.querySelector(".sel");
   if (s) {

@@ -7,7 +7,7 @@ function inspector() {
     nx = nextOf(t);
   $("#iwhere").textContent = `position ${t}, ${t < NP ? "prefill" : "decode"}`;
   $("#ibig").innerHTML =
-    `<div class="big"><span class="t" style="--c:var(--x${c.a})">${esc(show(TOK[t]))}</span><span class="dim">id ${V.ids[t]}</span></div>`;
+    `<div class="big"><span class="t" style="--c:${tint(c.a)}">${esc(show(TOK[t]))}</span><span class="dim">id ${V.ids[t]}</span></div>`;
   const pr = nextOf(Math.max(0, t - 1));
   $("#ikv").innerHTML = [
     ["Log-prob.", t && (V.done || t >= NP) ? f(LP[t]) : "–"],
