@@ -1,6 +1,7 @@
 """The released layout: what is written verifies, and every fault is named with its file."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -81,6 +82,21 @@ def test_loading_names_the_file_too(checkpoint):
         FileNotFoundError, match=r"tensor00008_000 \(decoder_layer_0/multi_head_attention/value/w\) is missing"
     ):
         gs.load(checkpoint)
+
+
+def test_a_config_of_fewer_layers_is_refused(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    text = json.dumps(config | {"num_layers": config["num_layers"] - 1})
+    (checkpoint / "config.json").write_text("\ufeff" + text, "utf-8")  # as some editors begin a text
+    with pytest.raises(
+        ValueError, match=r"config.json says 2 layers, which are 26 tensor files, and there is tensor00026"
+    ):
+        gs.load(checkpoint)
+
+
+def test_sums_that_are_no_text(checkpoint):
+    (checkpoint / "SHA256SUMS").write_bytes(b"\xff\xfe")
+    assert "SHA256SUMS: line 1 is not a sum and a file name" in gs.verify(checkpoint).problems
 
 
 def test_swaps_of_different_shape_are_seen(checkpoint):

@@ -12,6 +12,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 import grokscope as gs
 from grokscope.run import decode
@@ -149,6 +150,28 @@ def test_interrupted_and_resumed(small, tmp_path, many_parts):
     assert sorted(p for one in made._parts for p in one["prompts"]) == list(range(30))
     for a, b in zip(whole, made, strict=True):
         same(a, b)
+
+
+def test_what_is_left_of_a_lost_part_goes(small, tmp_path, many_parts):
+    """Or a query over all files would have its prompts twice."""
+    whole = small.dump(PROMPTS, tmp_path / "whole", capture=CAPTURE)
+    small.dump(PROMPTS, tmp_path / "d", capture=CAPTURE)
+    (tmp_path / "d" / "tokens-00000001.parquet").unlink()
+    made = small.dump(PROMPTS, tmp_path / "d", capture=CAPTURE, resume=True)
+    made.verify()
+    files = {path.name for path in (tmp_path / "d").iterdir() if path.name[0] in "atr"}
+    assert files == {entry["file"] for part in made._parts for entry in part["files"].values()}
+    for a, b in zip(whole, made, strict=True):
+        same(a, b)
+
+
+def test_a_part_that_cannot_be_written(small, tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(dump_module, "save_file", full)
+    with pytest.raises(OSError, match=r"act-00000000.* cannot be written: No space left"):
+        small.dump(PROMPTS[:2], tmp_path / "d")
 
 
 def test_forward_passes_interrupted_and_resumed(small, tmp_path, many_parts):

@@ -216,6 +216,13 @@ def test_programs_that_would_break_a_message(tmp_path, program):
     assert len(str(caught.value)) < 500
 
 
+def test_a_program_of_endless_operations_is_refused(tmp_path):
+    """Which would only take memory: the released files have fewer than two hundred."""
+    (tmp_path / "t").write_bytes(b"\x80\x04" + b"}\x94" * 5000 + b".")
+    with pytest.raises(TensorFileError, match="more than 1000 operations"):
+        tensorfile.read(tmp_path / "t")
+
+
 def test_trailing_bytes(tmp_path):
     tensorfile.write(tmp_path / "t", int8(2, 2))
     with (tmp_path / "t").open("ab") as file:

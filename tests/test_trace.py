@@ -1,5 +1,6 @@
 """The Trace: its axes, tables and its way to disk and back."""
 
+import dataclasses
 import resource
 import subprocess
 import sys
@@ -160,6 +161,24 @@ def test_plots(grok, trace):
     chosen = trace["expert_index"][:, trace.phase == "decode"]
     np.testing.assert_allclose(shares[1], [[(layer == e).mean() for e in range(8)] for layer in chosen])
     plt.close("all")
+
+
+def test_pieces_with_dollars_are_drawn_as_they_are(grok, tmp_path):
+    """Two of them are no formula."""
+    keep = ["router_logits", "attn_pattern", gs.capture("resid_post", reduce="lens", k=2)]
+    trace = grok.trace("The old keeper", capture=keep)
+    dollars = dataclasses.replace(trace, pieces=["$x$ \\frac$"] * len(trace))
+    dollars.meta["words"] = dict.fromkeys(trace.meta["words"], "$\\y$")
+    for plot in (gs.plot.routing, gs.plot.token_strip, gs.plot.logit_lens, lambda one: gs.plot.attention(one, 0, 0)):
+        plot(dollars).figure.savefig(tmp_path / "p.png")
+    gs.plot.compare(gs.compare(dollars, dollars)).figure.savefig(tmp_path / "p.png")
+
+
+def test_plots_of_nothing(grok):
+    with pytest.raises(ValueError, match="no token in common"):
+        gs.plot.compare(gs.compare(grok.trace([10, 11]), grok.trace([20, 21])))
+    with pytest.raises(ValueError, match="embed has no layers to draw"):
+        gs.plot.logit_lens(grok.trace([5, 6], capture=gs.capture("embed", reduce="lens")), "embed")
 
 
 def test_plots_of_analyses(grok):

@@ -43,12 +43,17 @@ def interval(
     drawn = [(times @ own.reshape(count, -1)).reshape(-1, *own.shape[1:]) for own in sums]
     values = statistic(*drawn)
     rests = np.broadcast_to(count if units is None else units, values.shape[1:])
-    low, high = np.full(rests.shape, np.nan), np.full(rests.shape, np.nan)
-    for n in np.unique(rests[rests > 1]):
-        own, tail = rests == n, ndtr(np.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 - confidence) / 2))
-        quantile = np.nanquantile if units is not None and np.isnan(values[:, own]).any() else np.quantile
-        low[own], high[own] = quantile(values[:, own], [tail, 1 - tail], axis=0)
-    return low, high
+    few = np.maximum(rests, 2)
+    tail = ndtr(np.sqrt(few / (few - 1)) * stdtrit(few - 1, (1 - confidence) / 2))
+    there = np.maximum(np.count_nonzero(~np.isnan(values), axis=0) - 1, 0)  # the last of them, when they are in order
+    ordered = np.sort(values, axis=0)
+
+    def quantile(share: np.ndarray) -> np.ndarray:
+        below = np.floor(share * there).astype(int)
+        a, b = (np.take_along_axis(ordered, at[None], axis=0)[0] for at in (below, np.minimum(below + 1, there)))
+        return np.where(rests > 1, a + (share * there - below) * (b - a), np.nan)
+
+    return quantile(tail), quantile(1 - tail)
 
 
 def p_values(found: np.ndarray, null: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -84,6 +84,8 @@ def fits(
             f"numerics={numerics!r}, weights={form!r}: expected float32 or bfloat16, and int8 or expanded; what "
             "streaming takes stands below either"
         )
+    if batch < 1:
+        raise ValueError(f"batch={batch}: expected at least 1")
     if not 1 < context <= config.sequence_len:
         raise ValueError(f"context={context}: expected 2 to {config.sequence_len}, what the model holds")
     for mesh in asked:
@@ -114,8 +116,6 @@ def _fit(config, mesh: str, temporaries: int, context: int, batch: int, capture,
 
 def _shapes(context: int, batch: int, devices) -> tuple[list[Sequence], int, int, int]:
     """Prompts that fill the context but for a token; slots and cache length of decode; prompts prefilled together."""
-    if batch < 1:
-        raise ValueError(f"batch={batch}: expected at least 1")
     sequences = [Sequence(context - 1, 1)] * batch
     slots, length = shapes(sequences, batch, devices)
     return sequences, slots, length, num_rows(len(batches(sequences, slots)[0]))
