@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import threading
 from unittest import mock
@@ -620,7 +621,25 @@ def test_functions_are_told_apart():
 
     ones, other = np.ones(5000), np.ones(5000)
     other[2500] = 2
+
+    def calling(*functions):
+        def itself(x, layer, positions):
+            return itself if x is None else functions[0](x)
+
+        return gs.edit("resid_mid", itself)
+
+    class Scaled:
+        def __init__(self, by):
+            self.by = by
+
+        def __call__(self, x, *_):
+            return x * self.by
+
     assert closing(ones).json() == closing(ones.copy()).json() != closing(other).json()
+    assert calling(np.tanh, len).json() == calling(np.tanh, len).json() != calling(np.sinh, len).json()
+    assert calling(Scaled(ones)).json() == calling(Scaled(ones.copy())).json() != calling(Scaled(other)).json()
+    partial = [gs.edit("resid_mid", functools.partial(Scaled, by=by)).json() for by in (ones, ones.copy(), other)]
+    assert partial[0] == partial[1] != partial[2]
     assert nested("2.0").json() == nested("2.0").json() != nested("3.0").json()
 
 

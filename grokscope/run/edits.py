@@ -87,26 +87,31 @@ def _json(value: Any) -> Any:
     return as_json(value)
 
 
-def _function(fn: Callable) -> str:
-    """The name of a function, and a digest of what it does as far as can be seen: its code, and what it closes over."""
-    code = getattr(fn, "__code__", None)
-    name = getattr(fn, "__qualname__", type(fn).__qualname__)
-    seen = [getattr(fn, "__defaults__", None), getattr(fn, "__kwdefaults__", None)]
-    seen += [vars(fn)] if code is None else [_code(code), *(cell.cell_contents for cell in fn.__closure__ or ())]
-    seen += [*getattr(fn, "args", ()), getattr(fn, "func", None)]
-    return f"{fn.__module__}.{name} {hashlib.sha256(json.dumps(_seen(seen)).encode()).hexdigest()[:8]}"
+def _function(fn: Callable, within: tuple[int, ...] = ()) -> str:
+    """The name of a function, and a digest of what it does as far as can be seen: its code, and what it closes over.
+
+    within: ids of the functions that lead to it.
+    """
+    if id(fn) in within:
+        return "itself"
+    code, within = getattr(fn, "__code__", None), (*within, id(fn))
+    seen = [getattr(fn, name, None) for name in ("__defaults__", "__kwdefaults__", "func", "args", "keywords")]
+    seen += [getattr(fn, "__dict__", {})] if code is None else [cell.cell_contents for cell in fn.__closure__ or ()]
+    about = [None if code is None else _code(code), _seen(seen, within)]
+    module, name = getattr(fn, "__module__", ""), getattr(fn, "__qualname__", type(fn).__qualname__)
+    return f"{module}.{name} {hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]}"
 
 
-def _seen(value: Any) -> Any:
+def _seen(value: Any, within: tuple[int, ...]) -> Any:
     """What can be seen of a value, as JSON: arrays whole, which `repr` abridges, and functions in turn."""
     if isinstance(value, list | tuple):
-        return [_seen(one) for one in value]
-    if isinstance(value, dict):
-        return [[repr(key), _seen(one)] for key, one in value.items()]
+        return [_seen(one, within) for one in value]
+    if isinstance(value, Mapping):
+        return [[repr(key), _seen(one, within)] for key, one in value.items()]
     if isinstance(value, np.ndarray | jax.Array):
         digest = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
         return [str(value.dtype), [*value.shape], digest]
-    return _function(value) if callable(value) else repr(value)
+    return _function(value, within) if callable(value) and not isinstance(value, type) else repr(value)
 
 
 def _code(code: CodeType) -> list:
