@@ -155,10 +155,12 @@ def _meta(path: Path) -> tuple[dict[str, float], dict[str, float]]:
         if not isinstance(numbers, dict) or not numbers:
             raise ValueError(f'{path}: expected "{key}": {{domain: number, ...}}, found {numbers!r:.60}')
         for domain, number in numbers.items():
-            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
-                raise ValueError(f"{path}: {key} of {domain} is {number!r:.60}; expected a number above 0")
+            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
+                raise ValueError(f"{path}: {key} of {domain} is {number!r:.60}; expected a number from 0")
         found.append(numbers)
     weights, sizes = found
+    if not any(weights.values()) or not all(sizes.values()):
+        raise ValueError(f"{path}: expected a weight above 0, and bytes_per_token above 0 of each domain")
     if missing := weights.keys() - sizes.keys():
         raise ValueError(f"{path}: bytes_per_token lacks {', '.join(sorted(missing))}")
     return weights, sizes
@@ -343,8 +345,6 @@ def export(directory: Path, config: GrokConfig, params: dict, tokenizer: Path | 
 
     def weight(slot: ckpt0.Slot) -> np.ndarray:
         value = host["ends" if slot.layer is None else "layers"][slot.param.module][slot.param.name]
-        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(value)):
-            raise ValueError(f"{slot.path} is not finite: the run diverged; a lower learning rate may not")
         if slot.layer is None:
             return value.astype(ml_dtypes.bfloat16).astype(np.float32) if slot.param.name == "w" else value
         if isinstance(value, transformer.ExpertList):
@@ -354,9 +354,16 @@ def export(directory: Path, config: GrokConfig, params: dict, tokenizer: Path | 
     return ckpt0.write(directory, config, weight, tokenizer)
 
 
+DIVERGED = (
+    "the run diverged. The last state that was saved is from before; a lower learning rate (and a new --out) may not"
+)
+
+
 def save_state(path: Path, step: int, state: dict) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(state)
     arrays = {jax.tree_util.keystr(p): np.asarray(leaf) for p, leaf in leaves}
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise RuntimeError(f"parameters are not finite behind step {step}: {DIVERGED}")
     partial = path.with_name(path.name + ".partial")
     try:
         save_file({**arrays, "step": np.array(step)}, partial)
@@ -397,16 +404,17 @@ def train(
 ) -> Path:
     """Trains and writes `out/checkpoint`; `out/state.safetensors` lets the same call resume exactly.
 
-    The state is saved every `save_every` steps and every five minutes, and on Ctrl-C, behind which KeyboardInterrupt
-    is raised. `mesh` is "DxM", data x model; None is one device. A run may resume on another mesh: the same but for
-    rounding. `report` gets a row every 50 steps (step, nats, load_balance, router_z, least and greatest expert share,
-    tokens per second), also appended to `out/log.jsonl`. Raises FileExistsError if `out/checkpoint` exists, ValueError
-    if `out` was begun with something else or if model, tokenizer, data, mesh and recipe do not fit one another,
-    OSError where there is no room, and RuntimeError where the loss is not finite any more.
+    The state is saved every `save_every` steps, every five minutes (or twenty times what saving takes) and on Ctrl-C,
+    behind which KeyboardInterrupt is raised. `mesh` is "DxM", data x model; None is one device. A run may resume on
+    another mesh: the same but for rounding. `report` gets a row every 50 steps (step, nats, load_balance, router_z,
+    least and greatest expert share, tokens per second), also appended to `out/log.jsonl`. Raises FileExistsError if
+    `out/checkpoint` exists, ValueError if `out` was begun with something else or if model, tokenizer, data, mesh and
+    recipe do not fit one another, OSError where there is no room, and RuntimeError where loss or parameters are not
+    finite any more.
     """
     keep_compiled()
     out = Path(out)
-    if (out / "checkpoint").exists():
+    if (out / "checkpoint" / "config.json").exists():
         raise FileExistsError(f"{out}/checkpoint exists: this run is finished; choose a new --out")
     config, own = (start, None) if isinstance(start, GrokConfig) else (start.config, start.tokenizer)
     devices = _devices(config, recipe, mesh)
@@ -430,11 +438,12 @@ def train(
             before = parts
             log(step + 1, parts)
             if (step + 1) % save_every == 0 or saved.long_ago or interrupted.is_set():
-                _refuse_diverged(step + 1, parts)
                 saved(step + 1, state)
             if interrupted.is_set():
                 raise KeyboardInterrupt
-    save_state(out / "state.safetensors", recipe.steps, state)
+        saved(recipe.steps, state)
+        if interrupted.is_set():
+            raise KeyboardInterrupt
     return export(out / "checkpoint", config, state["params"], tokenizer or own)
 
 
@@ -458,17 +467,14 @@ class _Saved:
 def _refuse_diverged(step: int, parts: dict) -> None:
     nats = float(parts["nats"])
     if not math.isfinite(nats):
-        raise RuntimeError(
-            f"the loss is {nats} at step {step}: the run diverged. What was saved before stays; a lower learning rate "
-            "(and a new --out) may not diverge"
-        )
+        raise RuntimeError(f"the loss is {nats} at step {step}: {DIVERGED}")
 
 
 def _require_room(out: Path, config: GrokConfig) -> None:
-    """For the state, float32 parameters and two moments, twice while it is replaced, and the finished checkpoint."""
+    """For the state, float32 parameters and two moments: twice while it is replaced, or once and the checkpoint."""
     state = out / "state.safetensors"
-    present = state.stat().st_size if state.exists() else 0
-    ckpt0.require_room(out, 24 * config.num_parameters + ckpt0.payload_bytes(config), present)
+    present, whole = state.stat().st_size if state.exists() else 0, 12 * config.num_parameters
+    ckpt0.require_room(out, whole + max(whole, ckpt0.payload_bytes(config)), present)
 
 
 def _devices(config: GrokConfig, recipe: Recipe, mesh: str | None) -> Mesh | None:
@@ -536,8 +542,12 @@ def _same_run(out: Path, begun: dict) -> None:
         raise ValueError(f"{path} is damaged ({err}); delete it to go on with {out} all the same") from err
     changed = [name for name in begun if before.get(name) != begun[name]]
     if changed:
+        there, now = before["recipe"], begun["recipe"]
+        settings = [f"{name} {there[name]}, now {now[name]}" for name in now if there[name] != now[name]]
         raise ValueError(
-            f"{out} was begun with another {' and '.join(changed)} (recipe.json there); choose a new --out"
+            f"{out} was begun with another {' and '.join(changed)}"
+            + (f" ({'; '.join(settings)})" if settings else "")
+            + f"; {path} says with what. Go on with that, or choose a new --out"
         )
 
 
@@ -548,7 +558,9 @@ class _Log:
         self.path, self.recipe, self.report = path, recipe, report
         self.step, self.clock = first, time.perf_counter()  # of the row before
         rows = path.read_text().splitlines(keepends=True) if path.exists() else []
-        path.write_text("".join(row for row in rows if json.loads(row)["step"] <= first))
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= first))
+        partial.replace(path)
 
     def __call__(self, step: int, parts: dict) -> None:
         if step % 50 and step != self.recipe.steps:

@@ -527,12 +527,15 @@ def test_forced_and_banned(small):
     ],
 )
 def test_bans_that_do_not_meet(small, one, other):
-    """Together they leave one expert, but no token has both."""
+    """Together they leave one expert, but no token has both; or takes no more."""
     few, more = gs.route.ban(range(4), **one), gs.route.ban([4, 5, 6], **other)
     with small.edits(few, more):
         small.plan([TOKENS, TOKENS], 2)
-    with small.edits(few, gs.route.ban([4, 5, 6])), pytest.raises(ValueError, match="leave 1 experts"):
-        small.plan([TOKENS, TOKENS], 2)
+    with small.edits(few, gs.route.ban([4, 5, 6])):
+        with pytest.raises(ValueError, match="leave 1 experts in layer 0; a token takes 2"):
+            small.plan([TOKENS, TOKENS], 2)
+        with small.edits(gs.route.top_k(1)):
+            small.plan([TOKENS, TOKENS], 2)
 
 
 def test_a_factor_that_a_norm_undoes_warns():
@@ -567,8 +570,20 @@ def test_values_for_fewer_experts_than_a_token_takes(small):
     np.testing.assert_array_equal(gates[:, 2:], four["expert_gate", 2][:, 2:])
     with small.edits(gs.route.top_k(4), gs.patch(four, "expert_out")):
         np.testing.assert_array_equal(small.trace(TOKENS, capture=taps)["moe_out"], four["moe_out"])
-    with small.edits(gs.patch(four, "expert_out")), pytest.raises(ValueError, match=r"route.top_k\(4\)"):
-        small.trace(TOKENS)
+    for edit in (gs.patch(four, "expert_out"), gs.set("expert_gate", [0.1] * 4)):
+        with small.edits(edit), pytest.raises(ValueError, match=r"for 4 experts .* takes 2; put .*route.top_k\(4\)"):
+            small.trace(TOKENS)
+    vector = np.ones(small.config.emb_size, np.float32)
+    for value, shape in ((vector, (4, 1)), (vector[None], (4, 1)), (np.stack([vector, vector]), (2, 1))):
+        with small.edits(gs.route.top_k(4), gs.set("expert_out", value, layers=1)):
+            out = small.trace(TOKENS, capture=taps)["expert_out", 1]
+        assert (out[:, : shape[0]] == 1).all()
+        assert (out[:, shape[0] :] != 1).all()
+    both = [gs.patch(one, "expert_gate", prompts=i) for i, one in enumerate((source, four))]  # of two and of four
+    with small.edits(gs.route.top_k(4), *both):
+        first, second = small.trace([TOKENS, TOKENS], capture=taps)
+    assert (first["expert_gate"][..., :2] == source["expert_gate"]).all()
+    assert (second["expert_gate"] == four["expert_gate"]).all()
 
 
 def test_selectors_of_numpy(small):
@@ -640,6 +655,10 @@ def test_functions_are_told_apart():
     assert calling(Scaled(ones)).json() == calling(Scaled(ones.copy())).json() != calling(Scaled(other)).json()
     partial = [gs.edit("resid_mid", functools.partial(Scaled, by=by)).json() for by in (ones, ones.copy(), other)]
     assert partial[0] == partial[1] != partial[2]
+    methods = [gs.edit("resid_mid", Scaled(by).__call__).json() for by in (ones, ones.copy(), other)]
+    assert methods[0] == methods[1] != methods[2]
+    keys = [gs.edit("resid_mid", functools.partial(len, jax.random.key(seed))).json() for seed in (0, 0, 1)]
+    assert keys[0] == keys[1] != keys[2]
     assert nested("2.0").json() == nested("2.0").json() != nested("3.0").json()
 
 
@@ -930,14 +949,14 @@ def test_what_cannot_be_glimpsed(small):
     refused = []
 
     def look(event):
-        for key in ("resid_post.lens", "resid_pre.mean", "attn_pattern", "q"):
+        for key in ("resid_post.lens", "resid_pre.mean", "attn_pattern"):
             try:
                 event.glimpse(key, False)
             except KeyError:
                 refused.append(key)
 
     small.generate(TOKENS, 1, capture=keep, on_token=look, stop_at_eos=False)
-    assert refused == ["resid_post.lens", "resid_pre.mean", "attn_pattern", "q"]
+    assert refused == ["resid_post.lens", "resid_pre.mean", "attn_pattern"]
 
 
 def test_a_glimpse_of_what_another_prompt_keeps(small):

@@ -338,7 +338,9 @@ def test_data_that_does_not_fit(data, tmp_path):
         train.TokenData(data, "train", 40)
     for text, why in (
         ('{"weights": {"x": 1}, "bytes_per_token": {"y": 1}}', "bytes_per_token lacks x"),
-        ('{"weights": {"x": 0}, "bytes_per_token": {"x": 1}}', "weights of x is 0; expected a number above 0"),
+        ('{"weights": {"x": -1}, "bytes_per_token": {"x": 1}}', "weights of x is -1; expected a number from 0"),
+        ('{"weights": {"x": 0}, "bytes_per_token": {"x": 1}}', "expected a weight above 0"),
+        ('{"weights": {"x": 1}, "bytes_per_token": {"x": 0}}', "bytes_per_token above 0"),
         ('{"weights": ["x"], "bytes_per_token": {"x": 1}}', r'expected "weights": .*, found \[\'x\'\]'),
         ("[]", 'expected "weights": .*, found None'),
         ("{bad", "is not JSON"),
@@ -371,10 +373,13 @@ def test_ctrl_c_saves_what_is_done(data, random_few, single_run, tmp_path, liste
     with pytest.raises(KeyboardInterrupt):
         train.train(data, tmp_path, SHORT, start=start, progress=pressed)
     assert state_of(tmp_path)["step"] == 2
-    (tmp_path / "log.jsonl").write_text('{"step": 2}\n{"step": 3}\n')  # as of a run that was killed behind its state
+    # As of a run that was killed behind its state, while it wrote: in its log, and in the checkpoint.
+    (tmp_path / "log.jsonl").write_text('{"step": 2}\n{"step": 3}\n{"st')
+    (tmp_path / "checkpoint" / ckpt0.UNFINISHED).mkdir(parents=True)
     train.train(data, tmp_path, SHORT, start=start)
     agree(state_of(tmp_path), single_run[0], atol=0)
     assert [json.loads(row)["step"] for row in (tmp_path / "log.jsonl").read_text().splitlines()] == [2, 3]
+    assert gs.verify(tmp_path / "checkpoint").ok
 
 
 def test_the_state_is_saved_every_few_minutes(data, random_few, tmp_path, monkeypatch):
@@ -389,9 +394,11 @@ def test_the_state_is_saved_every_few_minutes(data, random_few, tmp_path, monkey
 def test_a_run_that_diverges_stops(data, random_few, tmp_path):
     """And says so; no checkpoint is written of what is not finite."""
     start, wild = ckpt0.open_checkpoint(random_few), dataclasses.replace(SHORT, learning_rate=1e30, decay=0.0)
-    with pytest.raises((RuntimeError, ValueError), match="diverged"):
-        train.train(data, tmp_path, wild, start=start)
-    assert not (tmp_path / "checkpoint").exists()
+    for every in (1, 500):
+        with pytest.raises(RuntimeError, match="not finite|nan at step .* diverged"):
+            train.train(data, tmp_path / str(every), wild, start=start, save_every=every)
+        assert not (tmp_path / str(every) / "checkpoint").exists()
+    assert all(np.isfinite(array).all() for array in state_of(tmp_path / "1").values())
 
 
 def test_a_run_of_an_older_version_goes_on(tmp_path):

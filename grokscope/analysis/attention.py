@@ -125,7 +125,7 @@ def by_class(source: Source, by: Any = "class", *, phase: str = "all", seed: int
         columns = {
             "phase": name, "layer": layer, "head": head, "query": query, "key": key,
             "mass": ratio(read, number).ravel(), "low": low.ravel(), "high": high.ravel(),
-            "uniform": ratio(uniform, number).ravel(), "rows": number.ravel().astype(int), "prompts": len(own),
+            "uniform": ratio(uniform, number).ravel(), "rows": number.ravel().astype(int), "prompts": units.ravel(),
         }  # fmt: skip
         frames.append(pd.DataFrame(columns))
     frame = pd.concat(frames, ignore_index=True)

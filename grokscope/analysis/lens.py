@@ -58,9 +58,9 @@ def attribution(
 
     Columns: part ("embed", "head", "expert", "edit", "error"), layer, head, expert, rank (of the expert), -1 where
     none, logit. They sum to the logit the model computed. Of a run under edits "edit" is what they did to the stream in
-    a layer beside its heads and experts: all that these gave, taken back, where the layer was ablated. "error" is what
-    the other rows leave unexplained: rounding, and edits behind the last layer. Needs the taps of ATTRIBUTION at all
-    layers. Raises KeyError if one is missing, ValueError at the last position without a target.
+    a layer beside its heads and experts: all that these gave, taken back, where the layer was ablated (and rounding).
+    "error" is what the other rows leave unexplained: rounding, and edits behind the last layer. Needs the taps of
+    ATTRIBUTION at all layers. Raises KeyError if one is missing, ValueError at the last position without a target.
     """
     if missing := [name for name in ATTRIBUTION if name not in trace.taps]:
         raise KeyError(f"attribution needs {', '.join(missing)}; capture grokscope.analysis.ATTRIBUTION")

@@ -110,7 +110,7 @@ def coactivation(source: Source, *, phase: str = "each", seed: int = 0) -> pd.Da
     frames = []
     for name, tokens, counts in chosen.by_prompt(phase):
         total = counts.sum(0)
-        taken = np.count_nonzero(counts @ chosen.member, axis=0)  # [L, E]: by how many prompts
+        taken = np.count_nonzero(counts @ (chosen.member * (size > 1)[:, None]), axis=0)  # [L, E]: by how many prompts
         units = np.minimum(taken[:, first], taken[:, other])
         low, high = resampling.interval(lifts, counts, units=units, seed=seed)
         frame = _frame(

@@ -4,6 +4,7 @@ No file stores its layer: layers lie in lexicographic order ("0", "1", "10", "11
 release flattened a dictionary by sorted key. A directory that holds only Grok-1's 770 files, without config, is Grok-1.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -185,9 +186,12 @@ def write(
     try:
         _write(partial, config, weight, tokenizer, progress)
     except BaseException:
-        shutil.rmtree(directory if new else partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        if new:
+            with contextlib.suppress(OSError):  # somebody put something there
+                directory.rmdir()
         raise
-    for path in sorted(partial.iterdir()):  # config.json, without which it is none, behind the tensors
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):  # last: without, it is none
         path.rename(directory / path.name)
     partial.rmdir()
     return directory

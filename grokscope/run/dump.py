@@ -226,6 +226,8 @@ def _manifest(directory: Path, *, empty: bool = False) -> dict[str, Any]:
                 for kind, f in part["files"].items()
             }
             part["files"]["act"]
+            if outside := [f["file"] for f in part["files"].values() if Path(f["file"]).name != f["file"]]:
+                raise ValueError(f"{outside[0]!r} is not the name of a file")
         manifest["prompts"], manifest["about"] = int(manifest["prompts"]), dict(manifest["about"])
         manifest["taps"] = {tap: {"dims": t["dims"], "dtype": t["dtype"]} for tap, t in manifest["taps"].items()}
         if manifest["about"].get("single") and not manifest["parts"] and not empty:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from types import CodeType
+from types import CodeType, MethodType
 from typing import Any
 
 import jax
@@ -97,6 +97,8 @@ def _function(fn: Callable, within: tuple[int, ...] = ()) -> str:
     code, within = getattr(fn, "__code__", None), (*within, id(fn))
     seen = [getattr(fn, name, None) for name in ("__defaults__", "__kwdefaults__", "func", "args", "keywords")]
     seen += [getattr(fn, "__dict__", {})] if code is None else [cell.cell_contents for cell in fn.__closure__ or ()]
+    if isinstance(fn, MethodType):
+        seen.append(getattr(fn.__self__, "__dict__", None))
     about = [None if code is None else _code(code), _seen(seen, within)]
     module, name = getattr(fn, "__module__", ""), getattr(fn, "__qualname__", type(fn).__qualname__)
     return f"{module}.{name} {hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]}"
@@ -108,6 +110,10 @@ def _seen(value: Any, within: tuple[int, ...]) -> Any:
         return [_seen(one, within) for one in value]
     if isinstance(value, Mapping):
         return [[repr(key), _seen(one, within)] for key, one in value.items()]
+    if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
+        value = jax.random.key_data(value)
+    if isinstance(value, np.ndarray) and value.dtype.hasobject:
+        return _seen(value.tolist(), within)
     if isinstance(value, np.ndarray | jax.Array):
         digest = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
         return [str(value.dtype), [*value.shape], digest]
@@ -302,11 +308,29 @@ class Change:
             return self.value.table(self.where, prompt_length, length)
         return np.where(self.where.mask(prompt_length, length), 0, -1).astype(np.int32)
 
-    def values(self, layer: int | None, num_keys: int) -> np.ndarray | None:
-        """[N, ...]: the values the table points at."""
+    def values(self, layer: int | None, num_keys: int, width: int) -> np.ndarray | None:
+        """[N, ...]: the values the table points at, one for all experts as often as a token may take one (`width`)."""
         if isinstance(self.value, Source):
             return self.value.at(layer, num_keys)
-        return None if self.value is None else np.asarray(self.value)[None]
+        if self.value is None:
+            return None
+        value = np.asarray(self.value)[None]
+        return np.repeat(value, width, self._rank_axis) if self.experts == 1 else value
+
+    @property
+    def experts(self) -> int:
+        """How many chosen experts of a token its values are for; 0 where they are not by expert."""
+        if not self._rank_axis or self.kind.routes:
+            return 0
+        if isinstance(self.value, Source):
+            trace, tap = self.value.trace, self.value.tap
+            return trace.taps[tap].shape[trace.dims[tap].index("K")]
+        return np.shape(self.value)[self._rank_axis - 1] if np.ndim(self.value) else 0
+
+    @property
+    def _rank_axis(self) -> int:
+        """Of [N, ...]; 0 where there is none."""
+        return TAPS[self.kind.tap].dims.replace("T", "").find("K") + 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -389,14 +413,14 @@ def _change(one: Edit, tap: str, op: str, value, layers, config: GrokConfig) -> 
         rest = TAPS[tap].dims.replace("T", "")
         if "S" in rest:
             raise ValueError(f"{op} of {tap} takes one number; use grokscope.edit for a pattern of your own")
-        shape = [config.dims[d] for d in rest]
-        if "K" in rest and value.ndim >= len(rest) - rest.index("K"):  # as many experts as it is given for
-            shape[rest.index("K")] = max(value.shape[rest.index("K") - len(rest)], 1)
+        behind = len(rest) - rest.find("K")  # axes from that of a token's experts on: one value for all, or some
+        own = value.shape[-behind] if "K" in rest and value.ndim >= behind else 1
+        shape = tuple(own if d == "K" else config.dims[d] for d in rest)
         try:
             value = np.broadcast_to(value, shape)
         except ValueError as err:
             raise ValueError(
-                f"{op} of {tap}: a value of shape {value.shape} does not fit {tuple(shape)} ({' '.join(rest)})"
+                f"{op} of {tap}: a value of shape {value.shape} does not fit {shape} ({' '.join(rest)})"
             ) from err
     return Change(EditKind(tap, op, axis, fn), layers, mask, value, one.where)
 
@@ -455,33 +479,40 @@ def refuse_impossible_routes(made: Iterable[Change], config: GrokConfig, prompts
 
     prompts: (prompt length, tokens that may follow) of each of the call.
     """
-    bans = [change for change in made if _bans(change)]
-    about = bans and [*bans, *(change for change in made if change.kind.op == "force")]
-    prompts = list(prompts) if bans else []
+    about = [change for change in made if change.kind.op in ("force", "top_k") or _bans(change)]
+    prompts = list(prompts) if any(map(_bans, about)) else []
     seen: builtins.set[tuple] = builtins.set()
     for prompt, (length, limit) in enumerate(prompts):
         own = [change for change in about if change.where.takes(prompt, len(prompts))]
+        if (key := (length, limit, *map(id, own))) in seen:
+            continue
+        seen.add(key)
+        on = {change: change.table(length, length + limit) >= 0 for change in own}
+        alike: dict[tuple, tuple[int, list[Change]]] = {}  # layers of the same changes, by the first of them
         for layer in range(config.num_layers):
             here = [change for change in own if layer in change.layers]
-            if (key := (length, limit, *map(id, here))) in seen:
-                continue
-            seen.add(key)
-            on = {
-                change: (change.table(length, length + limit) >= 0)[:, None]
-                & (True if change.mask is None else change.mask)
-                for change in here
-            }
-            nobody = np.zeros((length + limit, config.num_experts), bool)
-            banned = np.any([nobody, *(on[change] for change in here if _bans(change))], axis=0)
-            left = config.num_experts - int(banned.sum(1).max())
-            if left < config.num_selected_experts:
-                raise ValueError(
-                    f"these bans leave {left} experts in layer {layer}; a token takes {config.num_selected_experts}"
-                )
-            for change in here:
-                both = np.flatnonzero((on[change] & banned).any(0)) if change.kind.op == "force" else []
-                if len(both):
-                    raise ValueError(f"expert {both[0]} is both forced and banned in layer {layer}")
+            alike.setdefault(tuple(map(id, here)), (layer, here))
+        for layer, here in alike.values():
+            _refuse_impossible(here, on, layer, length + limit, config)
+
+
+def _refuse_impossible(here: list[Change], on: dict[Change, np.ndarray], layer: int, length: int, config) -> None:
+    """Of the changes of one layer; `on`: at which positions each applies."""
+    banned, takes = np.zeros((length, config.num_experts), bool), np.full(length, config.num_selected_experts)
+    for change in here:
+        if _bans(change):
+            banned |= on[change][:, None] & (True if change.mask is None else change.mask)
+        else:  # of a token that is sent somewhere the router's own choice is of no use
+            takes = np.where(on[change], change.value if change.kind.op == "top_k" else 0, takes)
+    left = config.num_experts - banned.sum(1)
+    if (left < takes).any():
+        at = int(np.argmax(left < takes))
+        raise ValueError(f"these bans leave {left[at]} experts in layer {layer}; a token takes {takes[at]}")
+    for change in here:
+        if change.kind.op == "force":
+            both = np.flatnonzero((on[change][:, None] & banned & change.mask).any(0))
+            if len(both):
+                raise ValueError(f"expert {both[0]} is both forced and banned in layer {layer}")
 
 
 def _bans(change: Change) -> bool:

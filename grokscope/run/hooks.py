@@ -334,13 +334,10 @@ def _edited(kind: EditKind, given: dict, value: Array, at: At, chosen: Array | N
 
 
 def _of_as_many(kind: EditKind, picked: Array, on: Array, moved: Array) -> tuple[Array, Array]:
-    """Values for fewer experts than a token may take here, as many: what is beyond stays as it is, but is nobody's."""
+    """Values for the first of the experts that a token may take here. Of the others gates and outputs stay as they are;
+    as an index they become -1, nobody.
+    """
     given, taken = picked.shape[2], moved.shape[2]
-    if given > taken:
-        raise ValueError(
-            f"an edit of {kind.tap} is for {given} experts a token, and this run takes {taken}; put "
-            f"grokscope.route.top_k({given}) in front of it"
-        )
     spare = [(0, taken - given) if axis == 2 else (0, 0) for axis in range(moved.ndim)]
     picked = jnp.pad(picked, spare, constant_values=-1 if kind.tap == "expert_index" else 0)
     if kind.tap == "expert_index":

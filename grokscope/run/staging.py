@@ -86,6 +86,12 @@ class Hooks:
     ):
         self.config, self.kept, self.sequences = config, kept, sequences
         self.width = max([config.num_selected_experts, *map(_experts_needed, changes)])
+        for change in changes:
+            if change.experts > self.width:
+                raise ValueError(
+                    f"an edit of {change.kind.tap} is for {change.experts} experts a token, and this run takes "
+                    f"{self.width}; put grokscope.route.top_k({change.experts}) beside it"
+                )
         self._wider = self.width > config.num_selected_experts
         self.places: list[Place] = ["embed", *range(config.num_layers), "head"]
         self.by_key = {k.key: k for k in kept}
@@ -106,7 +112,7 @@ class Hooks:
                 for stacked in reversed(found[place]):
                     first = stacked.changes[0][1]
                     apart = all(prompts.isdisjoint(others) for others, _ in stacked.changes)
-                    if first.kind == change.kind and _shape(first.value) == _shape(change.value) and apart:
+                    if first.kind == change.kind and _shape(first) == _shape(change) and apart:
                         stacked.changes.append((prompts, change))
                         break
                     if first.kind.tap == change.kind.tap and not apart:
@@ -269,7 +275,7 @@ class Hooks:
             if model.value is not None:
                 given["value"] = np.stack([np.asarray(change.value) for change in filled])
         elif model.kind.fn is None:
-            values = [np.asarray(change.values(layer, length)) for change in filled]
+            values = [np.asarray(change.values(layer, length, self.width)) for change in filled]
             count = _bucket(max(map(len, values)))
             given["value"] = np.stack([np.pad(v, [(0, count - len(v))] + [(0, 0)] * (v.ndim - 1)) for v in values])
         return given
@@ -343,9 +349,9 @@ def _experts_needed(change: Change) -> int:
     return int(change.value) if change.kind.op == "top_k" else 0
 
 
-def _shape(value: Any) -> tuple[int, ...] | None:
-    """Of the values a change holds; None of another Trace's, which are as many as it has positions."""
-    return None if isinstance(value, Source) else np.shape(value)
+def _shape(change: Change) -> tuple[int, ...]:
+    """Of the values a change holds; of another Trace's, which are as many as it has positions, of how many experts."""
+    return (change.experts,) if isinstance(change.value, Source) else np.shape(change.value)
 
 
 def _reach(hook: Kept | Change, sequence: Sequence) -> np.ndarray:

@@ -58,8 +58,11 @@ class Explore(Page):
         return self.runs[-1]
 
     def _facts(self) -> dict[str, Any]:
-        running = bool(self._worker and self._worker.is_alive() and self._worker.name == "generate")
-        return shape(self._grok.config, self._grok.name, self._grok.numerics) | {"running": running}
+        return shape(self._grok.config, self._grok.name, self._grok.numerics) | {"running": self._running}
+
+    @property
+    def _running(self) -> bool:
+        return bool(self._worker and self._worker.is_alive() and self._worker.name == "generate")
 
     def _on_count(self, text: str) -> None:
         """The tokens of the prompt box."""

@@ -136,7 +136,12 @@ class Page(anywidget.AnyWidget):
         self.send({"kind": "model", "panes": panes, "window": WINDOW, **self._facts()})
         for run in self._runs:
             if run.trace is not None:
-                self._show(run, run.trace)
+                self._show(run, run.trace, running=self._running)
+
+    @property
+    def _running(self) -> bool:
+        """Whether a run is under way."""
+        return False
 
     def _facts(self) -> dict[str, Any]:
         meta = self.runs[0].meta
@@ -245,11 +250,12 @@ class Page(anywidget.AnyWidget):
             "lens_layers": trace.layers.get("resid_post.lens", []),
         }  # fmt: skip
 
-    def _show(self, run: Run, trace: Trace, *, known: bool = False) -> None:
+    def _show(self, run: Run, trace: Trace, *, known: bool = False, running: bool = False) -> None:
         """A run that is done, and its experts. `known`: the page has them from the stream; if not, it asks
-        (`_on_whole`)."""
+        (`_on_whole`). `running`: another is under way."""
         experts = b"" if known else zlib.compress(experts_bytes(trace["expert_index"]), 1)
-        self.send({"kind": "run", "kept": len(self._runs), **self._summary(run, trace)}, [experts])
+        told = {"kind": "run", "kept": len(self._runs), "running": running}
+        self.send(told | self._summary(run, trace), [experts])
 
     def _trace(self, run: int) -> Trace:
         for one in self._runs:

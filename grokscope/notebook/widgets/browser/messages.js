@@ -119,7 +119,7 @@ const on = {
     if (S.A === null) S.A = run.id;
     else S.B = run.id;
     if (!runs.has(S.A)) S.A = done[0];
-    S.state = run.finish === "interrupt" ? "stopped" : "ready";
+    if (!m.running) S.state = run.finish === "interrupt" ? "stopped" : "ready";
     if (V === old || !V.n || !V.done) go(run, run.w0);
     restore();
     all();

@@ -14,12 +14,15 @@ const idle = () => !busy() && S.state !== "lost";
 const speed = (run) => (run.n > run.np && run.seconds > 0 ? (run.n - run.np) / run.seconds : 0);
 // The run that is told of: while one is under way that one, whichever is looked at.
 const told = () => (busy() ? runs.get(S.active) || EMPTY : V);
-// Replaces what a box holds, and leaves the focus where it was.
+// Replaces what a box holds, and leaves the focus on what it was on: that has the same data.
 function rewrite(box, html) {
-  const FOCUS = "button, input",
-    at = [...box.querySelectorAll(FOCUS)].indexOf(root.getRootNode().activeElement);
+  const name = (x) => x.tagName + JSON.stringify(x.dataset),
+    held = root.getRootNode().activeElement,
+    focused = box.contains(held) && name(held);
   box.innerHTML = html;
-  if (at >= 0) box.querySelectorAll(FOCUS)[at]?.focus();
+  if (!focused) return;
+  const again = [...box.querySelectorAll("button, input")].find((x) => name(x) === focused);
+  if (again) again.focus({ preventScroll: true });
 }
 const RECONNECT = "Run the cell again to reconnect";
 const three = (x) => (x >= 100 ? x.toFixed(0) : x.toFixed(1));
@@ -120,7 +123,7 @@ function runList() {
     rows
       .map(
         (r) =>
-          `<tr class="pick" data-run="${r.id}"><td class="dim num" style="width:18px">${r.id}</td><td class="nm" title="${esc(r.name)}"${r === V ? ' style="font-weight:600"' : ""}><button>${esc(r.name)}</button></td><td class="num dim">${r.done ? r.n - r.np : "…"}</td><td class="ab" style="padding-left:8px!important;white-space:nowrap">${r.done ? mark(r, "A") + mark(r, "B") : ""}</td></tr>`,
+          `<tr class="pick" data-run="${r.id}"><td class="dim num" style="width:18px">${r.id}</td><td class="nm" title="${esc(r.name)}"${r === V ? ' style="font-weight:600"' : ""}><button data-of="${r.id}">${esc(r.name)}</button></td><td class="num dim">${r.done ? r.n - r.np : "…"}</td><td class="ab" style="padding-left:8px!important;white-space:nowrap">${r.done ? mark(r, "A") + mark(r, "B") : ""}</td></tr>`,
       )
       .join("") || '<tr><td class="dim">No runs yet</td></tr>',
   );

@@ -46,11 +46,14 @@ function all() {
     inspector();
   }
 }
+// What is selected, or is as soon as its window is here.
+const next = (name) => (want && want.run === V && want.o[name] !== undefined ? want.o[name] : S[name]);
 function pick(o) {
   S.follow = false;
   S.keep = null;
   if (o.t !== undefined) o.t = Math.max(0, Math.min(S.n - 1, o.t));
   if (o.t < W0 || o.t >= W1) return go(V, o.t - WN / 2, o);
+  if (want && want.run === V) want = null;
   Object.assign(S, o);
   S.l = Math.max(0, Math.min(L - 1, S.l));
   S.h = (S.h + H) % H;
@@ -173,7 +176,7 @@ root.addEventListener("click", (ev) => {
   if (on("tr[data-l]")) pick({ l: +on("tr[data-l]").dataset.l });
   if (step) {
     const [name, sign] = step.dataset.k;
-    pick({ [name]: S[name] + (sign === "+" ? 1 : -1) });
+    pick({ [name]: next(name) + (sign === "+" ? 1 : -1) });
   }
   if (key) isolate(+key.dataset.e);
   if (on(".xbtn")) {
@@ -220,10 +223,9 @@ root.addEventListener("keydown", (ev) => {
     return;
   }
   if (/^(INPUT|SELECT|TEXTAREA)$/.test(tg.tagName) && tg.type !== "checkbox") return;
-  const t = want && want.run === V && want.o.t !== undefined ? want.o.t : S.t; // or keys pressed meanwhile are lost
   const move = {
-    ArrowLeft: { t: t - 1 },
-    ArrowRight: { t: t + 1 },
+    ArrowLeft: { t: next("t") - 1 },
+    ArrowRight: { t: next("t") + 1 },
     ArrowUp: { l: S.l - 1 },
     ArrowDown: { l: S.l + 1 },
     "[": { h: S.h - 1 },
