@@ -166,6 +166,7 @@ def test_kl_of_two_runs(app, grok):
     assert max(found[:until]) > 1e-3
 
 
+@pytest.mark.slow
 def test_experts_of_a_forced_run_as_they_are_sent(app):
     """One expert a token at a layer and two at the others: all tables, in numbers."""
     generated(app, [{"kind": "force", "layer": 2, "number": 1}])
@@ -177,6 +178,7 @@ def test_experts_of_a_forced_run_as_they_are_sent(app):
     assert (together[[0, 1, 3, 4, 5], :, 0].sum(1) == len(app.trace)).all()
 
 
+@pytest.mark.slow
 def test_a_steered_run_outlives_those_it_was_steered_by(app, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "RUNS", 2)
     generated(app, max=2)

@@ -545,6 +545,7 @@ def test_a_factor_that_a_norm_undoes_warns():
     gs.scale("moe_out", 0)
 
 
+@pytest.mark.slow
 def test_values_for_fewer_experts_than_a_token_takes(small):
     """Where another edit makes room for more, in another layer or of another prompt: what is edited is the same."""
     taps = ["expert_index", "expert_gate", "expert_out", "moe_out"]

@@ -391,6 +391,7 @@ def test_the_state_is_saved_every_few_minutes(data, random_few, tmp_path, monkey
     assert saved[-1] == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_stops(data, random_few, tmp_path):
     """And says so; no checkpoint is written of what is not finite."""
     start, wild = ckpt0.open_checkpoint(random_few), dataclasses.replace(SHORT, learning_rate=1e30, decay=0.0)
