@@ -580,6 +580,10 @@ def test_values_for_fewer_experts_than_a_token_takes(small):
             out = small.trace(TOKENS, capture=taps)["expert_out", 1]
         assert (out[:, : shape[0]] == 1).all()
         assert (out[:, shape[0] :] != 1).all()
+    with small.edits(gs.set("expert_gate", [0.5, 0.25], prompts=1), gs.patch(source, "expert_gate", prompts=0)):
+        first, second = small.trace([TOKENS, TOKENS], capture=taps)
+    assert (first["expert_gate"] == source["expert_gate"]).all()
+    assert (second["expert_gate"] == [0.5, 0.25]).all()
     both = [gs.patch(one, "expert_gate", prompts=i) for i, one in enumerate((source, four))]  # of two and of four
     with small.edits(gs.route.top_k(4), *both):
         first, second = small.trace([TOKENS, TOKENS], capture=taps)

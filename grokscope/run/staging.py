@@ -350,8 +350,10 @@ def _experts_needed(change: Change) -> int:
 
 
 def _shape(change: Change) -> tuple[int, ...]:
-    """Of the values a change holds; of another Trace's, which are as many as it has positions, of how many experts."""
-    return (change.experts,) if isinstance(change.value, Source) else np.shape(change.value)
+    """Of the values a change holds. Another Trace's are for layer after layer, as many as it has positions, and like no
+    others but those for as many experts.
+    """
+    return (-1, change.experts) if isinstance(change.value, Source) else np.shape(change.value)
 
 
 def _reach(hook: Kept | Change, sequence: Sequence) -> np.ndarray:
