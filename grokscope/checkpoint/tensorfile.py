@@ -89,7 +89,7 @@ class _Bytes:
 
 
 _MARK = object()
-MOST_OPCODES = 1000
+MOST_OPCODES = 1000  # of a file; the released ones have fewer than two hundred
 
 
 class _Reader:
