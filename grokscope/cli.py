@@ -390,7 +390,7 @@ def rehearse(
     width: Annotated[
         str, typer.Option(help="full: each layer as in Grok-1, 4.9 GB; mini: as in grok-1-mini.")
     ] = "full",
-    seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same weights.")] = 0,
 ) -> None:
     """Write random weights in the released format, with statistics like Grok-1's, to try a machine."""
     from dataclasses import replace
@@ -436,7 +436,7 @@ def train(
         typer.Option(help="Highest learning rate; if not given 3e-3 from scratch, 3e-4 from a checkpoint."),
     ] = None,
     decay: Annotated[float, typer.Option(help="Last part of the steps, over which it falls to zero.")] = 0.4,
-    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights and data.")] = 0,
 ) -> None:
     """Train from scratch or from a checkpoint; writes the released format, int8, to OUT/checkpoint."""
     from tqdm import tqdm

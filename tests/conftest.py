@@ -1,10 +1,16 @@
 """Fixtures: the bundled model, golden cases, random checkpoints of any shape, and what lies in ../shared."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # what is compiled here stays here
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # what is compiled is for all processes of this run, and no other
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="grokscope-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import signal
 from pathlib import Path

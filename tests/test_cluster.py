@@ -95,7 +95,7 @@ def test_a_lost_engine_is_one_clear_error_at_once(cluster, when):
         if when == "prefill":
             kill(None)
         cluster.generate(PROMPTS[0], 40, on_token=lambda event: clock or kill(event))
-    assert time.monotonic() - clock[0] < 20
+    assert time.monotonic() - clock[0] < 60, "not the heartbeat of jax.distributed, 100 s"
     with pytest.raises(gs.ClusterError, match="restart"):
         cluster.trace(PROMPTS[0])
     cluster.restart()

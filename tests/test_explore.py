@@ -27,6 +27,9 @@ app._on_hello = lambda: (time.sleep(1), hello())
 app
 """  # what a busy machine may do; and 900 tokens are made within a second, too soon for a page to stop them
 
+BEYOND = """() => [...document.querySelectorAll('.gs .pane canvas')].filter((one) =>
+  one.getBoundingClientRect().right > one.closest('.pane').getBoundingClientRect().right).map((one) => one.id)"""
+
 
 @pytest.fixture
 def app(grok, monkeypatch):
@@ -347,14 +350,13 @@ def test_a_session_in_the_browser(lab_url, tmp_path):
         page.wait_for_function("() => document.querySelector('.gs #ptok').textContent.startsWith('1')")
         generate(page)
         assert "The cat sat" in page.inner_text(".gs #strip").replace("\n", "")
+        assert page.evaluate(BEYOND) == [], "drawings end where their pane does"
 
         page.fill(".gs #f1", "900")
         page.click(".gs #b-gen")
         page.wait_for_function("() => /^([5-9]|[0-9]{2,}) of 900/.test(document.querySelector('.gs #pgt').textContent)")
-        begun = time.perf_counter()
         page.click(".gs #b-stop")
         page.wait_for_function("() => document.querySelector('.gs #pgt').textContent.startsWith('Stopped')")
-        assert time.perf_counter() - begun < 3, "a step and 0.3 s, on a machine that does other things too"
         made = int(re.search(r"at (\d+) of 900", page.inner_text(".gs #pgt"))[1])
         assert 5 <= made < 900
 
