@@ -385,6 +385,7 @@ def test_twins_are_the_same_expert(made):
     assert frame.prob[2] == pytest.approx((forced / forced.sum()).max(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_patching_names_the_place(made, pair):
     clean, corrupted, answer, other = pair
     frame = analysis.patching(made, clean, corrupted, answer, other)

@@ -65,7 +65,7 @@ def test_rehearse(tmp_path):
         (("download", "--from", "ftp"), "--from ftp: expected torrent or hub"),
         (("rehearse", "r", "--layers", "2", "--width", "tiny"), "--width tiny: expected full or mini"),
         (("rehearse", "r", "--layers", "0"), "num_layers=0"),
-        (("rehearse", "r", "--layers", "64000"), "make room"),
+        (("rehearse", "r", "--layers", "6400"), "make room"),
         (("train", "--data", "d", "--out", "o", "--steps", "3"), "either --config"),
         (("plan", "--tokens", "9", "--capture", "q:foo=3"), "the selector 'foo' is none; there are layers"),
         (("plan", "--tokens", "9", "--capture", "q:layers=1:layers=2"), "'layers' is given twice"),

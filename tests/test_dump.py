@@ -264,7 +264,7 @@ def test_two_writers(small, tmp_path):
         dump_module.Writer(tmp_path / "d", {}, 1, resume=True).__enter__()
 
 
-@pytest.mark.parametrize("numerics", ["float32", "bfloat16"])
+@pytest.mark.parametrize("numerics", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_plan_is_what_a_run_takes(random_checkpoint, numerics):
     wishes = [
         "attn_pattern", gs.capture("resid_post", positions="last"), gs.capture("q", heads=[1], layers=[0, 2]),
@@ -292,6 +292,7 @@ def test_a_plan_is_of_the_prompts_that_a_capture_is_about(small, reduce):
     assert some.total["device"] == alone.total["device"] > 0
 
 
+@pytest.mark.slow
 def test_the_device_bytes_of_a_plan(random_checkpoint, monkeypatch):
     """Against all buffers that are alive when captures go to the host, while those of a prompt wait too."""
     import jax
@@ -331,7 +332,11 @@ IN_ONE_LAYER = ["resid_pre", "resid_mid", "q", "attn_z", "attn_out", "moe_out"]
     ids=["all layers", "one each", "lens", "lens of one"],
 )
 @pytest.mark.parametrize(
-    "prompts", [[[5] * 600, [*range(5, 605)]], [[5] * (40 + i) for i in range(30)]], ids=["long", "short"]
+    "prompts",
+    [
+        pytest.param([[5] * 600, [*range(5, 605)]], id="long"),
+        pytest.param([[5] * (40 + i) for i in range(30)], id="short", marks=pytest.mark.slow),
+    ],
 )
 def test_captures_of_a_prompt_leave_layer_by_layer(grok, monkeypatch, wishes, prompts):
     """They are the same, and the device holds no more of them than a plan says: of prompts of several blocks, and of
@@ -382,6 +387,7 @@ def test_over_the_budget(small):
         small.trace([5], budget="much")
 
 
+@pytest.mark.slow
 def test_on_the_command_line(random_checkpoint, tmp_path):
     def run(*args):
         return subprocess.run([sys.executable, "-m", "grokscope", *map(str, args)], capture_output=True, text=True)

@@ -55,7 +55,7 @@ def assert_same_run(a, b, taps=("logits", "router_logits")):
 CAPTURE = ("router_logits", "router_probs", "expert_index", "logits")
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 0.8])
 def test_a_batch_equals_single_runs(grok, temperature):
     options = dict(max_new_tokens=24, temperature=temperature, top_k=50, stop_at_eos=False, capture=CAPTURE)
     seeds = [7, 1, 2, 3, 4, 5, 6, 7]
@@ -85,7 +85,7 @@ def test_neighbours_change_nothing(grok):
     assert (a.logprobs[1:] == b.logprobs[1:]).all()
 
 
-@pytest.mark.parametrize("length", [1, 31, 33, 129, 513, 700])
+@pytest.mark.parametrize("length", [1, 129, *(pytest.param(n, marks=pytest.mark.slow) for n in (31, 33, 513, 700))])
 def test_generate_equals_trace_of_its_tokens(grok, length):
     ids = np.random.default_rng(length).integers(4, 8192, length)
     made = grok.generate(ids, max_new_tokens=66, temperature=1.0, stop_at_eos=False, capture=gs.TAPS)
@@ -434,6 +434,7 @@ def test_only_routing_is_kept_unless_asked(grok):
     assert tuple(grok.trace("a", capture="attn_pattern").taps) == ("attn_pattern", *routing)
 
 
+@pytest.mark.slow
 def test_other_shapes_generate(tmp_path):
     config = small_config(num_experts=3, num_selected_experts=1, num_q_heads=2, num_kv_heads=1, sequence_len=64)
     with gs.load(write_random(tmp_path / "c", config), numerics="bfloat16") as grok:
@@ -465,6 +466,7 @@ def test_prompts_read_in_parts(grok, length):
     np.testing.assert_allclose(plain.logprobs[1:], looked.logprobs[1:], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_int8_in_bfloat16_runs_one_prompt_and_many(random_checkpoint):
     grok = gs.load(random_checkpoint, weights="int8", numerics="bfloat16")
     for count in (1, 8):

@@ -67,6 +67,7 @@ def test_selectors(small, truth):
     close(trace["attn_pattern", 2], trace["attn_pattern"][1])
 
 
+@pytest.mark.slow
 def test_positions_of_several_blocks(grok):
     """As many (bucketed) as the second block, of 32, has positions, or as the first has."""
     tokens = np.arange(530) % 700 + 5
@@ -78,6 +79,7 @@ def test_positions_of_several_blocks(grok):
         close(few["attn_pattern", 3], whole["attn_pattern", 3][:, picked])
 
 
+@pytest.mark.slow
 def test_a_lens_of_several_blocks(grok):
     tokens, lens = np.arange(530) % 700 + 5, {"reduce": "lens", "k": 1}
     whole = grok.trace(tokens, capture=["logits", gs.capture("resid_post", **lens)])
@@ -134,6 +136,7 @@ TOGETHER = {
 
 
 @pytest.mark.parametrize("new", [0, 3])
+@pytest.mark.slow
 def test_prompts_that_run_together(small, new):
     """Of several lengths, with an edit of one of them, each is what it is alone."""
     prompts = [TOKENS, TOKENS[:4], [7] * 40, TOKENS[::-1], [9, 8] * 25, TOKENS[2:], [3]]
@@ -436,6 +439,7 @@ def test_identities_change_nothing(small):
         close(edited[tap], plain[tap], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_batch_with_an_edit_each(small):
     edits = [gs.scale("moe_delta", 0.1 * i, layers=i % 3, prompts=i, phase="decode") for i in range(10)]
     edits += [gs.route.ban(experts=i % 8, prompts=i) for i in range(10)]
@@ -709,6 +713,7 @@ def test_other_values_compile_nothing(small):
     assert sum("_layer" in name for name in found) <= 2, found
 
 
+@pytest.mark.slow
 def test_layers_of_which_different_things_are_kept(small):
     """They are one compiled step, and what is kept is what a capture of all layers has there."""
 
@@ -752,7 +757,9 @@ def test_a_layer_of_which_something_large_is_kept(small):
             np.testing.assert_array_equal(one[tap], whole[tap][[1]], err_msg=tap)
 
 
-@pytest.mark.parametrize("edited", [range(6), [4], [0, 2, 4]])
+@pytest.mark.parametrize(
+    "edited", [[4], pytest.param(range(6), marks=pytest.mark.slow), pytest.param([0, 2, 4], marks=pytest.mark.slow)]
+)
 def test_layers_that_run_as_one_step(grok, edited, monkeypatch):
     """As on an accelerator: neighbours whose hooks are the same."""
 

@@ -75,6 +75,7 @@ def test_the_model_is_the_same_with_and_without(in_kernel, monkeypatch):
     assert np.isfinite(np.asarray(inside["resid_post"], np.float32)).all()
 
 
+@pytest.mark.slow
 def test_a_mesh_uses_it_on_each_device(in_kernel):
     if len(jax.devices()) == 1:
         pytest.skip("this machine has one GPU")
@@ -83,6 +84,7 @@ def test_a_mesh_uses_it_on_each_device(in_kernel):
     np.testing.assert_allclose(cut.logprobs[1:], whole.logprobs[1:], atol=0.1)
 
 
+@pytest.mark.slow
 def test_rows_of_no_expert_become_nothing(in_kernel):
     """What is behind the end of a prompt goes into the cache, where even its weight of 0 would let a NaN through."""
     grok = gs.load(numerics="bfloat16", weights="int8")
@@ -90,6 +92,7 @@ def test_rows_of_no_expert_become_nothing(in_kernel):
     assert np.isfinite(np.asarray(poisoned["attn_z"], np.float32)).all()
 
 
+@pytest.mark.slow
 def test_streamed_experts_are_multiplied_as_resident_ones(in_kernel):
     """An expert that is not there is stood in for by another, which no tile may take."""
     held = gs.load(numerics="bfloat16", weights="int8").trace(PROMPT, capture="expert_out")

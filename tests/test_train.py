@@ -158,7 +158,7 @@ def single():
     return {weight: gradients(load_balance=weight) for weight in (0.0, 0.5)}
 
 
-@pytest.mark.parametrize("mesh", [None, "2x4"])
+@pytest.mark.parametrize("mesh", [None, pytest.param("2x4", marks=pytest.mark.slow)])
 def test_gradients_through_parts_are_those_of_the_whole(monkeypatch, mesh):
     """Two parts of logits and of attention, computed again for the derivative; against neither."""
     recipe = dataclasses.replace(SHORT, batch=2, sequence_len=128)
@@ -178,6 +178,7 @@ def test_gradients_through_parts_are_those_of_the_whole(monkeypatch, mesh):
     agree(*found)
 
 
+@pytest.mark.slow
 def test_a_layer_adds_what_it_keeps():
     """More layers take their gradients, their inputs and what KEPT names, and no attention."""
     batch, length, used = 2, 256, {}
