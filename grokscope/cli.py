@@ -4,6 +4,7 @@ Errors are one line; `--debug` shows where they come from.
 """
 
 import inspect as inspection
+import io
 import json
 import re
 import shutil
@@ -30,6 +31,8 @@ def options(debug: Annotated[bool, typer.Option(help="Show the traceback of an e
 def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv[1:] = [arg for arg in sys.argv[1:] if arg != "--debug"]  # anywhere on the line
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without some letter loses the letter, not the run
     try:
         app()
     except (ValueError, TypeError, KeyError, OSError, RuntimeError, MemoryError) as err:
@@ -116,7 +119,7 @@ def demo(
 
     matplotlib.use("Agg")
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / "trace" / "manifest.json").exists():
+    if not _of_a_demo(out / "trace"):
         refuse_existing(out / "trace")
     grok = gs.load(checkpoint, progress=_bar(" tensors", 500))
     print(grok)
@@ -131,7 +134,7 @@ def demo(
     print(routing_table(trace))
     for name in ("routing", "expert_load"):
         getattr(gs.plot, name)(trace).figure.savefig(out / f"{name}.png", dpi=200)
-    if (out / "trace" / "manifest.json").exists():
+    if _of_a_demo(out / "trace"):
         shutil.rmtree(out / "trace")
     trace.save(out / "trace")
     again = gs.open(out / "trace")
@@ -141,6 +144,14 @@ def demo(
         f"\n{out}/routing.png, {out}/expert_load.png: pictures of the table above, token by token and layer by layer."
     )
     print(f'{out}/trace: a dump; import grokscope as gs; gs.open("{out}/trace").to_pandas("router") reads it back.')
+
+
+def _of_a_demo(directory: Path) -> bool:
+    try:
+        found = gs.open(directory)
+    except (OSError, ValueError, KeyError):
+        return False
+    return isinstance(found, gs.Trace) and found.text.startswith(DEMO_PROMPT)
 
 
 def routing_table(trace: gs.Trace) -> str:
@@ -183,10 +194,14 @@ def _captures(texts: list[str] | None) -> list | None:
             if key not in SELECTORS or key in given:
                 what = "is given twice" if key in given else f"is none; there are {', '.join(SELECTORS)}"
                 raise ValueError(f"--capture {item}: the selector {key!r} {what}")
-            numbers = re.fullmatch(r"-?\d+(,-?\d+)*", value)
+            numbers = key != "name" and re.fullmatch(r"-?\d+(,-?\d+)*", value)
             given[key] = [int(n) for n in value.split(",")] if numbers else True if value == "true" else value
+            if key == "k":
+                if not re.fullmatch(r"\d+", value):
+                    raise ValueError(f"--capture {item}: k={value}: expected a whole number")
+                given[key] = int(value)
         try:
-            found.append(gs.capture(name, **{k: v[0] if k == "k" else v for k, v in given.items()}))
+            found.append(gs.capture(name, **given))
         except TypeError as err:
             raise ValueError(f"--capture {item}: {err}") from err
     return found

@@ -49,6 +49,64 @@ def simulated(prompts: int, length: int, seed: int, taste: float = 0.0, layers: 
     return found
 
 
+# What cannot be counted
+
+
+def test_a_layer_that_always_chooses_the_same_is_not_special(made):
+    prompts = [planted.prompt(60, seed) for seed in range(4)]
+    with made.edits(gs.route.force(experts=[1, 2], layers=1)):
+        forced = made.trace(prompts)
+    frame = analysis.specialisation(forced, LABELS, min_count=1).set_index("layer")
+    assert (frame.information[1], frame.null[1], frame.p[1], frame.p_adjusted[1]) == pytest.approx((0, 0, 1, 1))
+    plain = analysis.specialisation(made.trace(prompts), LABELS, min_count=1).set_index("layer")
+    assert frame.p_adjusted.drop(1).tolist() == pytest.approx(plain.p_adjusted.drop(1).tolist(), abs=0.05)
+
+
+def test_p_of_what_is_not_there():
+    rng = np.random.default_rng(0)
+    null = rng.normal(size=(199, 3))
+    null[:, 1] = np.nan
+    p, adjusted = resampling.p_values(np.array([9.0, np.nan, -9.0]), null)
+    np.testing.assert_allclose(p, [1 / 200, np.nan, 1])
+    np.testing.assert_allclose(adjusted, [1 / 200, np.nan, 1])
+
+
+def test_prompts_that_lack_the_positions_are_left_out(made):
+    """In a batch of different lengths, positions from the end may be none of a short prompt's."""
+    late = {"positions": slice(-10, -5)}
+    prompts = [planted.prompt(30, 0), planted.prompt(3, 1), planted.prompt(20, 2)]
+    routing = [gs.capture(tap, **late) for tap in ("router_logits", "expert_index", "expert_gate")]
+    lens = gs.capture("resid_post", reduce="lens", **late)
+    found = made.trace(prompts, capture=[*routing, gs.capture("attn_pattern", **late), lens])
+    for analyse in (analysis.load, analysis.entropy, analysis.heads, analysis.lens):
+        pd.testing.assert_frame_equal(analyse(found), analyse([found[0], found[2]]))
+    labels = analysis.specialisation(found, ["a", "b", "a"], min_count=1)
+    assert labels.prompts.tolist() == [2] * len(labels)
+    with pytest.raises(KeyError, match="expert_index"):
+        analysis.load(made.trace(prompts, capture=()))
+
+
+def test_parts_that_do_not_go_together(made):
+    one, other = (made.trace(planted.prompt(20, 0), capture=gs.capture("router_logits", layers=n)) for n in (0, 1))
+    for measure in (analysis.entropy, analysis.margin):
+        with pytest.raises(ValueError, match=r"of layers \[1\], those before it of \[0\]"):
+            measure([one, other])
+        with pytest.raises(ValueError, match=r"all experts; kept are \[0, 2\]"):
+            measure(made.trace(planted.prompt(20, 0), capture=gs.capture("router_logits", experts=[0, 2])))
+    with pytest.raises(IndexError, match="position=60: the Trace has 20 tokens"):
+        analysis.counterfactuals(made, planted.prompt(20, 0), position=60)
+    for wrong in (-1, 5.7, planted.V):
+        with pytest.raises(ValueError, match=f"token {wrong}: expected a text of one token, or an id from 0 to"):
+            analysis.patching(made, planted.prompt(20, 0), planted.prompt(20, 1), wrong, 1)
+    with pytest.raises(ValueError, match="num_experts=72"):
+        analysis.load(simulated(1, 5, 0, experts=72))
+    late = made.trace(
+        planted.prompt(20, 0), capture=[gs.capture(tap, positions=slice(3, None)) for tap in analysis.ATTRIBUTION]
+    )
+    with pytest.raises(ValueError, match="'embed' whole; of its positions"):
+        analysis.attribution(made, late, position=5)
+
+
 # Planted truth
 
 
@@ -329,6 +387,37 @@ def test_what_heads_read_where_routing_changed(made):
     a, b = (t["attn_pattern", 1][top["head"], top.position] for t in (plain, other))
     assert top.moved == pytest.approx(np.abs(a - b).sum() / 2, abs=1e-5)
     assert (top.weight_a, top.weight_b) == (a[top.key_position], b[top.key_position])
+
+
+def test_heads_are_compared_by_number_and_keys_that_one_run_lacks_count(made):
+    prompt = planted.repeated(20, 3)[:30]
+    longer = [*prompt[:12], prompt[0], *prompt[12:]]
+    whole = made.trace(prompt, capture=["router_logits", "attn_pattern"])
+    with made.edits(gs.ablate(layers=0, heads=planted.PREVIOUS[1]), gs.route.ban(layers=1, experts=planted.DIGITS)):
+        other = made.trace(longer, capture=["router_logits", "attn_pattern"])
+        some, one = (
+            made.trace(longer, capture=["router_logits", gs.capture("attn_pattern", heads=h)]) for h in ([3, 1], 1)
+        )
+    zero = made.trace(prompt, capture=["router_logits", gs.capture("attn_pattern", heads=0)])
+    frame = analysis.read_at_swaps(gs.compare(whole, other))
+    assert (frame.moved <= 1).all()
+    rows = frame[frame.position > 12]
+    assert len(rows)
+    for row in rows.itertuples():
+        a = np.insert(whole["attn_pattern", row.layer][row.head, row.position], 12, 0)
+        b = other["attn_pattern", row.layer][row.head, row.position + 1]
+        assert row.moved == pytest.approx(np.abs(a - b).sum() / 2, abs=1e-5)
+    few = analysis.read_at_swaps(gs.compare(whole, some))
+    expected = frame[frame["head"].isin([1, 3])].reset_index(drop=True)
+    by = ["layer", "position", "head"]
+    pd.testing.assert_frame_equal(
+        few.sort_values(by, ignore_index=True),
+        expected.sort_values(by, ignore_index=True),
+        check_exact=False,
+        atol=1e-5,
+    )
+    with pytest.raises(ValueError, match="none in common"):
+        analysis.read_at_swaps(gs.compare(zero, one))
 
 
 # Causes

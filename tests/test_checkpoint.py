@@ -52,6 +52,12 @@ def test_what_is_written_verifies(random_checkpoint):
     assert "SHA256SUMS compared" in report.notes[0]
 
 
+def test_sums_as_find_writes_them(checkpoint):
+    sums = checkpoint / "SHA256SUMS"
+    sums.write_text(sums.read_text().replace("  ", "  ./"))
+    assert gs.verify(checkpoint).ok
+
+
 def test_bundled_model_verifies():
     from grokscope.run.engine import bundled_checkpoint
 

@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import os
 import subprocess
 import sys
 
@@ -10,10 +11,9 @@ import grokscope as gs
 from grokscope.run.engine import bundled_checkpoint
 
 
-def run(*args, cwd=None, code=0):
-    found = subprocess.run(
-        [sys.executable, "-m", "grokscope", *map(str, args)], capture_output=True, text=True, cwd=cwd
-    )
+def run(*args, cwd=None, code=0, env=None):
+    command = [sys.executable, "-m", "grokscope", *map(str, args)]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
     assert found.returncode == code, found.stdout + found.stderr
     return found
 
@@ -69,6 +69,7 @@ def test_rehearse(tmp_path):
         (("train", "--data", "d", "--out", "o", "--steps", "3"), "either --config"),
         (("plan", "--tokens", "9", "--capture", "q:foo=3"), "the selector 'foo' is none; there are layers"),
         (("plan", "--tokens", "9", "--capture", "q:layers=1:layers=2"), "'layers' is given twice"),
+        (("plan", "--tokens", "9", "--capture", "resid_post:reduce=lens:k="), "k=: expected a whole number"),
         (("plan", "--model", "grok-1", "--batch", "0"), "batch=0: expected at least 1"),
         (("plan", "--tokens", "9", "--mesh", "2x2"), "--mesh, --context and --weights go with --model"),
         (("dump", "latin.jsonl", "o"), "latin.jsonl is not UTF-8 text"),
@@ -135,3 +136,24 @@ def test_demo(tmp_path):
     share = (trace["expert_index", 0][trace.phase == "decode"] == 3).mean()
     row = next(line for line in found.splitlines() if line.startswith("    0 "))
     assert row.split()[4] == f"{100 * share:.0f}%"
+
+
+def test_demo_replaces_only_demos(tmp_path):
+    kept = gs.load().generate("Mine", 2).save(tmp_path / "trace")
+    assert "is not an empty folder" in run("demo", "--out", tmp_path, code=1).stderr
+    assert gs.open(kept).text.startswith("Mine")
+
+
+def test_a_terminal_without_the_letters(tmp_path):
+    found = run(
+        "generate",
+        "café",
+        "--max-new-tokens",
+        "2",
+        "--save",
+        "kept",
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
+    assert found.stdout.startswith("caf?")
+    assert gs.open(tmp_path / "kept").text.startswith("café")

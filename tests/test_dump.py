@@ -81,6 +81,25 @@ def test_only_what_is_touched_is_read(small, tmp_path):
     assert (made.to_numpy("resid_post", 2, prompts=[1])[0] == layer[of == 1]).all()
     with pytest.raises(KeyError, match="layer 0 of 'resid_post' was not kept"):
         made.to_numpy("resid_post", 0)
+    assert (made.to_numpy("resid_post", 2, prompts=1)[1] == 1).all()
+    for read in (lambda: made.to_numpy("resid_post", prompts=[]), lambda: made.to_pandas("router", prompts=[])):
+        with pytest.raises(ValueError, match="selects nothing"):
+            read()
+
+
+def test_a_part_without_rows_of_a_table(tmp_path):
+    """Its columns have their types all the same."""
+    routing = {"router_logits": "LTE", "expert_index": "LTK", "expert_gate": "LTK"}
+    one = gs.load().trace("The old keeper")
+    none = dataclasses.replace(
+        one,
+        taps={tap: one.taps[tap][:, :0] for tap in routing},
+        numbers={tap: one.numbers[tap] | {"T": []} for tap in routing},
+    )
+    for number, trace in enumerate((none, one)):
+        with dump_module.Writer(tmp_path / "d", {}, 2, resume=True) as writer:
+            writer.add(number, trace)
+    assert len(gs.open(tmp_path / "d").to_pandas("router")) == len(one.to_pandas("router"))
 
 
 def test_tables(small, tmp_path, many_parts):

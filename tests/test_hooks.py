@@ -662,13 +662,68 @@ def test_functions_are_told_apart():
     assert closing(ones).json() == closing(ones.copy()).json() != closing(other).json()
     assert calling(np.tanh, len).json() == calling(np.tanh, len).json() != calling(np.sinh, len).json()
     assert calling(Scaled(ones)).json() == calling(Scaled(ones.copy())).json() != calling(Scaled(other)).json()
-    partial = [gs.edit("resid_mid", functools.partial(Scaled, by=by)).json() for by in (ones, ones.copy(), other)]
+    partial = [
+        gs.edit("resid_mid", functools.partial(lambda x, layer, positions, by: x * by, by=by)).json()
+        for by in (ones, ones.copy(), other)
+    ]
     assert partial[0] == partial[1] != partial[2]
     methods = [gs.edit("resid_mid", Scaled(by).__call__).json() for by in (ones, ones.copy(), other)]
     assert methods[0] == methods[1] != methods[2]
-    keys = [gs.edit("resid_mid", functools.partial(len, jax.random.key(seed))).json() for seed in (0, 0, 1)]
+    keys = [
+        gs.edit("resid_mid", functools.partial(lambda key, *x: x[0], jax.random.key(seed))).json() for seed in (0, 0, 1)
+    ]
     assert keys[0] == keys[1] != keys[2]
     assert nested("2.0").json() == nested("2.0").json() != nested("3.0").json()
+
+
+FACTOR = 1.0
+
+
+def by_a_global(x, layer, positions):
+    return (lambda: x * FACTOR)()
+
+
+def test_a_function_is_what_it_has_become(small, monkeypatch):
+    """Its object's attributes and its globals may change between runs, as in a sweep."""
+
+    class Scale:
+        by = 1.0
+
+        def run(self, x, layer, positions):
+            return x * self.by
+
+    scale = Scale()
+    plain = small.trace(TOKENS, capture="resid_post")["resid_post", 2]
+    for by in (0.5, 2.0, 0.5):
+        scale.by = by
+        monkeypatch.setitem(globals(), "FACTOR", by)
+        for fn in (scale.run, by_a_global):
+            with small.edits(gs.edit("resid_post", fn, layers=2)):
+                close(small.trace(TOKENS, capture="resid_post")["resid_post", 2], plain * by)
+
+
+def test_a_function_knows_padding_by_its_positions(small):
+    def centre(x, layer, positions):
+        there = positions[:, None] >= 0
+        return x - jax.numpy.mean(x, 0, where=there, keepdims=True)
+
+    plain = small.trace(TOKENS, capture="resid_post")["resid_post", 2]
+    with small.edits(gs.edit("resid_post", centre, layers=2)):
+        close(small.trace(TOKENS, capture="resid_post")["resid_post", 2], plain - plain.mean(0))
+
+
+@pytest.mark.parametrize(
+    ("fn", "text"),
+    [
+        (lambda x, layer, positions: np.asarray(x), "use jax.numpy instead of numpy"),
+        (lambda x, layer, positions: x if layer else -x, "jax.numpy.where instead of `if`"),
+        (lambda x: x, "expected a function of"),
+        (lambda x, layer, positions: None, "returned None"),
+    ],
+)
+def test_functions_that_cannot_be_compiled(small, fn, text):
+    with pytest.raises((TypeError, ValueError), match=text), small.edits(gs.edit("resid_post", fn)):
+        small.trace(TOKENS[:3])
 
 
 def test_attention_that_was_edited_by_another_name(small):

@@ -181,6 +181,14 @@ def test_plots_of_nothing(grok):
         gs.plot.logit_lens(grok.trace([5, 6], capture=gs.capture("embed", reduce="lens")), "embed")
 
 
+def test_plots_of_all_positions_refuse_some(grok):
+    some = [gs.capture(tap, phase="decode") for tap in ("router_logits", "expert_index", "expert_gate")]
+    trace = grok.generate("The old keeper", 4, capture=some)
+    for draw in (gs.plot.routing, gs.plot.token_strip):
+        with pytest.raises(ValueError, match="routing of some positions"):
+            draw(trace)
+
+
 def test_plots_of_analyses(grok):
     """Every view draws from Traces and from its table, on axes it is given, and says how much is behind it."""
     import matplotlib.pyplot as plt

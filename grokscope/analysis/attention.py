@@ -13,8 +13,11 @@ import pandas as pd
 from grokscope.analysis import resampling
 from grokscope.analysis.compare import Comparison
 from grokscope.analysis.resampling import ratio
-from grokscope.analysis.sequences import Labels, Source, phases, sequences
+from grokscope.analysis.sequences import Labels, Source, having, phases, sequences
 from grokscope.run.trace import Trace
+
+ATTENTION = ("attn_pattern", "q")
+"""Taps that attention rows are read from."""
 
 MEASURES = {
     "entropy": "bits of an attention row",
@@ -34,7 +37,7 @@ def heads(source: Source, *, phase: str = "all", seed: int = 0) -> pd.DataFrame:
     `shown` gives the positions behind one.
     """
     sums: dict[tuple, list] = {}
-    for trace in sequences(source):
+    for _, trace in having(source, *ATTENTION):
         wanted = targets(trace.tokens)
         for layer, numbers, positions, pattern in patterns(trace):
             found = _scores(pattern, positions, wanted)
@@ -73,7 +76,7 @@ def shown(source: Source, layer: int, head: int, measure: str, *, top: int = 10)
     if measure not in ("first", "previous", "duplicate", "induction"):
         raise ValueError(f'measure={measure!r}: expected "first", "previous", "duplicate" or "induction"')
     rows = []
-    for trace in sequences(source):
+    for _, trace in having(source, *ATTENTION):
         target = targets(trace.tokens)[measure]
         for number, numbers, positions, pattern in patterns(trace, layer):
             if head not in numbers or number != layer:
@@ -99,7 +102,7 @@ def by_class(source: Source, by: Any = "class", *, phase: str = "all", seed: int
     labels = Labels(by, 1 if isinstance(source, Trace) else len(source))
     names = sorted({v for i, t in enumerate(sequences(source)) for v in np.unique(labels.of(i, t).astype(str))})
     found: dict[tuple, list] = {}
-    for index, trace in enumerate(sequences(source)):
+    for index, trace in having(source, *ATTENTION):
         own = (labels.of(index, trace).astype(str)[:, None] == np.array(names)).astype(np.float32)  # [T, Y]
         seen = np.cumsum(own, 0) / np.arange(1, len(trace) + 1)[:, None]  # uniform attention over the keys so far
         for layer, numbers, positions, pattern in patterns(trace):
@@ -137,7 +140,8 @@ def read_at_swaps(comparison: Comparison, *, layers: Sequence[int] | None = None
 
     Columns: layer, position (in a), piece, routing (distance), head, key_position, key_piece (what the head reads most
     in a), weight_a, weight_b (its weight in b, NaN where b lacks that token), moved (half the sum of the absolute
-    differences of the two rows). Needs routing and attention of both runs; strongest moves first.
+    differences of the two rows; a token that the other run lacks has weight 0 there). Of heads that both runs kept.
+    Needs routing and attention of both; strongest moves first.
     """
     a, b = comparison.a, comparison.b
     there = dict(comparison.pairs.tolist())
@@ -147,16 +151,25 @@ def read_at_swaps(comparison: Comparison, *, layers: Sequence[int] | None = None
         if not len(swapped):
             continue
         ((_, heads_of, at_a, pattern_a),) = patterns(a, number)
-        ((_, _, at_b, pattern_b),) = patterns(b, number)
+        ((_, heads_b, at_b, pattern_b),) = patterns(b, number)
+        heads, own_heads, other_heads = np.intersect1d(heads_of, heads_b, return_indices=True)
+        if not len(heads):
+            raise ValueError(
+                f"layer {number}: a has attention of heads {[*heads_of]}, b of {[*heads_b]}; none in common"
+            )
         distance = dict(zip(comparison.pairs[:, 0], comparison.routing[comparison.layers.index(number)], strict=True))
         keys_a = np.array(sorted(there))
         keys_b = np.array([there[key] for key in keys_a])
         for i, j in swapped:
             if i not in at_a or j not in at_b:
                 continue
-            own, other = pattern_a[:, np.searchsorted(at_a, i)], pattern_b[:, np.searchsorted(at_b, j)]
-            moved = np.abs(own[:, keys_a] - other[:, keys_b]).sum(-1) / 2
-            for h, head in enumerate(heads_of):
+            own, other = (
+                pattern_a[own_heads, np.searchsorted(at_a, i)],
+                pattern_b[other_heads, np.searchsorted(at_b, j)],
+            )
+            apart = [rows.sum(-1) - rows[:, keys].sum(-1) for rows, keys in ((own, keys_a), (other, keys_b))]
+            moved = (np.abs(own[:, keys_a] - other[:, keys_b]).sum(-1) + sum(apart)) / 2
+            for h, head in enumerate(heads):
                 key = int(own[h].argmax())
                 weight_b = other[h, there[key]] if key in there else np.nan
                 rows.append(

@@ -15,11 +15,13 @@ import pandas as pd
 
 from grokscope.analysis import resampling
 from grokscope.analysis.compare import log_softmax
+from grokscope.analysis.lens import place, token_id
 from grokscope.analysis.sequences import Labels
 from grokscope.run import edits
 from grokscope.run.captures import capture
 from grokscope.run.edits import Edit
 from grokscope.run.engine import Grok, Prompt
+from grokscope.run.selectors import chosen, parsed
 from grokscope.run.trace import Trace
 
 VARIANTS = 64  # in one call: staging looks at every edit for every prompt
@@ -169,7 +171,7 @@ def patching(
             f"the clean prompt has {len(good)} tokens and the corrupted one {len(bad)}; patching by position needs the "
             "same number"
         )
-    recovered = _recovery(good, bad, _token(grok, answer), _token(grok, against))
+    recovered = _recovery(good, bad, token_id(grok, answer), token_id(grok, against))
     layers = range(grok.config.num_layers)
     if over == "heads":
         columns = ("layer", "head")
@@ -202,12 +204,13 @@ def path_patching(
     """
     if through not in ("q", "k", "v"):
         raise ValueError(f'through={through!r}: expected "q", "k" or "v"')
-    layer, head = sender
+    sizes = {"layer": grok.config.num_layers, "head": grok.config.num_q_heads}
+    (layer,), (head,) = (chosen(n, (own,), sizes[n], "this model") for n, own in zip(sizes, sender, strict=True))
     deltas = ["attn_delta", "moe_delta"]
     ((good, bad),) = sweep(grok, [clean, corrupted], [[]], keep=["logits", "attn_z", *deltas])
     if len(good) != len(bad):
         raise ValueError(f"prompts of {len(good)} and {len(bad)} tokens; path patching needs the same number")
-    recovered = _recovery(good, bad, _token(grok, answer), _token(grok, against))
+    recovered = _recovery(good, bad, token_id(grok, answer), token_id(grok, against))
     later = list(range(layer + 1, grok.config.num_layers))
     frozen = [edits.patch(bad, "attn_delta", layers=later)] if later else []
     frozen.append(edits.patch(bad, "moe_delta", layers=[layer, *later]))
@@ -254,8 +257,8 @@ def counterfactuals(
     run, and `still`: under the edit).
     """
     ((plain,),) = sweep(grok, [prompt], [[]], keep="logits")
-    at = range(len(plain))[position]
-    layers = range(grok.config.num_layers) if layers is None else layers
+    at = place(plain, position)
+    layers = chosen("layers", parsed("layers", layers), grok.config.num_layers, "this model")
     places = [(layer, expert) for layer in layers for expert in range(grok.config.num_experts)]
     variants = [[edits.route.force(experts=[e], layers=n, positions=[at])] for n, e in places]
     runs = sweep(
@@ -288,16 +291,3 @@ def _tap(over: str, tap: str | None) -> str:
     if tap is not None and over != "layers":
         raise ValueError(f'tap={tap!r} is for over="layers"')
     return tap or taps[over]
-
-
-def _token(grok: Grok, token: int | str) -> int:
-    """The id of a token given as such, or as a text of exactly one token."""
-    if not isinstance(token, str):
-        return int(token)
-    if grok.tokenizer is None:
-        raise ValueError(f"{token!r} is a text, and this checkpoint has no tokenizer; give a token id")
-    ids = grok.tokenizer.encode(token)
-    if len(ids) != 1:
-        pieces = [grok.tokenizer.pieces[i] for i in ids]
-        raise ValueError(f"{token!r} is {len(ids)} tokens, {pieces}; give a text of one token, or its id")
-    return ids[0]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from grokscope.analysis.sequences import Source, sequences
-from grokscope.run.trace import Trace
+from grokscope.analysis.sequences import Source, having
+from grokscope.run.trace import COORDINATES, Trace
 
 if TYPE_CHECKING:
     from grokscope.run.engine import Grok
@@ -27,7 +27,7 @@ def lens(source: Source, tap: str = "resid_post") -> pd.DataFrame:
     (its guess), logprob (nats), rank (of the token that followed; 0 is best, -1 where none did).
     """
     frames = []
-    for trace in sequences(source):
+    for _, trace in having(source, f"{tap}.lens"):
         if f"{tap}.lens" not in trace.taps:
             raise KeyError(f"the lens at {tap!r} was not captured; use grokscope.capture({tap!r}, reduce='lens', k=5)")
         best, logprob, rank = (trace[f"{tap}.lens{end}"] for end in ("", "_logprob", "_rank"))
@@ -48,13 +48,13 @@ def lens(source: Source, tap: str = "resid_post") -> pd.DataFrame:
 
 
 def attribution(
-    grok: "Grok", trace: Trace, *, position: int = -2, target: int | None = None, against: int | None = None
+    grok: "Grok", trace: Trace, *, position: int = -2, target: int | str | None = None, against: int | str | None = None
 ) -> pd.DataFrame:
     """Direct logit attribution: what the embedding, each head and each chosen expert add to one logit.
 
     The norms are held fixed at what they were, which makes the network after a part linear: a head's output (or a gate
     times an expert's) goes through its post-norm's scale, the final norm and the row of the token. `position`: where;
-    `target`: a token id, by default the one that followed; `against`: one whose logit is subtracted.
+    `target`: a token (a text of one, or an id), by default what followed; `against`: one whose logit is subtracted.
 
     Columns: part ("embed", "head", "expert", "edit", "error"), layer, head, expert, rank (of the expert), -1 where
     none, logit. They sum to the logit the model computed. Of a run under edits "edit" is what they did to the stream in
@@ -64,12 +64,17 @@ def attribution(
     """
     if missing := [name for name in ATTRIBUTION if name not in trace.taps]:
         raise KeyError(f"attribution needs {', '.join(missing)}; capture grokscope.analysis.ATTRIBUTION")
+    for name in ATTRIBUTION:
+        if cut := trace.numbers.get(name, {}).keys() - {"L"}:
+            parts = " and ".join(f"{COORDINATES[d]}s" for d in sorted(cut))
+            raise ValueError(f"attribution needs {name!r} whole; of its {parts} some were selected")
     config = grok.config
-    at = range(len(trace))[position]
+    at = place(trace, position)
     if target is None:
         if at + 1 == len(trace):
             raise ValueError("no token follows the last position; give target=")
         target = int(trace.tokens[at + 1])
+    target, against = (None if one is None else token_id(grok, one) for one in (target, against))
     row = grok.weight("embedding/w")[target]
     actual = trace["logits"][at, target]
     if against is not None:
@@ -96,6 +101,30 @@ def attribution(
         rows += of_layer
     rows.append(("error", -1, -1, -1, -1, actual - sum(value for *_, value in rows)))
     return pd.DataFrame(rows, columns=["part", "layer", "head", "expert", "rank", "logit"])
+
+
+def place(trace: Trace, position: int) -> int:
+    """A position counted from the end if negative. Raises IndexError beyond the Trace."""
+    if not -len(trace) <= position < len(trace):
+        raise IndexError(f"position={position}: the Trace has {len(trace)} tokens")
+    return position % len(trace)
+
+
+def token_id(grok: "Grok", token: int | str) -> int:
+    """The id of a token given as such, or as a text of exactly one token. Raises ValueError for others."""
+    if not isinstance(token, str):
+        if not isinstance(token, int | np.integer) or not 0 <= token < grok.config.vocab_size:
+            raise ValueError(
+                f"token {token!r}: expected a text of one token, or an id from 0 to {grok.config.vocab_size - 1}"
+            )
+        return int(token)
+    if grok.tokenizer is None:
+        raise ValueError(f"{token!r} is a text, and this checkpoint has no tokenizer; give a token id")
+    ids = grok.tokenizer.encode(token)
+    if len(ids) != 1:
+        pieces = [grok.tokenizer.pieces[i] for i in ids]
+        raise ValueError(f"{token!r} is {len(ids)} tokens, {pieces}; give a text of one token, or its id")
+    return ids[0]
 
 
 def _rms(x: np.ndarray) -> np.ndarray:

@@ -58,12 +58,13 @@ def interval(
 
 def p_values(found: np.ndarray, null: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """One-sided p of each of found [N] against null [draws, N]; and corrected for there being N, by the maximum of
-    standardised values (Westfall and Young). Never 0: what was found counts as one of the draws."""
+    standardised values (Westfall and Young). Never 0: what was found counts as one of the draws. NaN where found is."""
     spread = null.std(0)
     spread[spread == 0] = 1
     z, null_z = (found - null.mean(0)) / spread, (null - null.mean(0)) / spread
-    each = (1 + (null_z >= z).sum(0)) / (1 + len(null))
-    return each, (1 + (null_z.max(1)[:, None] >= z).sum(0)) / (1 + len(null))
+    most = np.fmax.reduce(null_z, axis=1)[:, None]
+    each, adjusted = (np.where(np.isnan(z), np.nan, (1 + (of >= z).sum(0)) / (1 + len(null))) for of in (null_z, most))
+    return each, adjusted
 
 
 def matched(shares: np.ndarray, chosen: int, *, rounds: int = 200) -> np.ndarray:

@@ -14,7 +14,7 @@ from scipy.stats import random_table
 
 from grokscope.analysis import resampling
 from grokscope.analysis.resampling import ratio
-from grokscope.analysis.sequences import Labels, Source, phases, sequences
+from grokscope.analysis.sequences import Labels, Source, having, phases, sequences
 from grokscope.run.trace import Trace
 
 RARE = "(rare)"
@@ -56,7 +56,7 @@ def entropy(source: Source, *, phase: str = "each", seed: int = 0) -> pd.DataFra
     Columns: phase, layer, entropy, low, high, most (log2 E), tokens, prompts.
     """
     frame = _means(source, lambda p: -np.sum(p * np.log2(np.maximum(p, 1e-30)), axis=-1), "entropy", phase, seed)
-    most = np.log2(next(iter(sequences(source)))["router_logits"].shape[-1])
+    most = np.log2(next(sequences(source)).meta["config"]["num_experts"])
     frame.insert(frame.columns.get_loc("high") + 1, "most", most)
     return frame
 
@@ -192,9 +192,13 @@ def specialisation(
                 draw[:] = _information(_summed(counts, rng.permutation(of_prompt), tables.shape[1]) @ member)
         else:
             for layer, table in enumerate(tables):
-                used = table.any(0)
-                drawn = random_table(table[:, used].sum(1), table[:, used].sum(0), seed=rng).rvs(draws)
-                null[:, layer] = _information(drawn @ member[used])
+                rows, sets = table.any(1), table.any(0)
+                if rows.sum() < 2 or sets.sum() < 2:  # one label, or always the same set: there is no other table
+                    null[:, layer] = found[layer]
+                    continue
+                table = table[np.ix_(rows, sets)]
+                drawn = random_table(table.sum(1), table.sum(0), seed=rng).rvs(draws)
+                null[:, layer] = _information(drawn @ member[sets])
         p, adjusted = resampling.p_values(found, null)
         excess = found - null.mean(0)
         most = _entropy((tables @ member).sum(1))
@@ -279,12 +283,13 @@ class _Chosen:
         self._source, self._labels = source, labels
         masks, seen = np.empty(0, np.int64), {}
         self.layers: list[int] = []
-        for index, trace in enumerate(sequences(source)):
+        for index, trace in having(source, "expert_index"):
             experts, self.num_experts = trace["expert_index"], trace.meta["config"]["num_experts"]
-            layers = trace.layers["expert_index"]
-            if index and self.layers != layers:
-                raise ValueError(f"Trace {index} has routing of layers {layers}, those before of {self.layers}")
-            self.layers = layers
+            if self.num_experts > 64:
+                raise ValueError(
+                    f"num_experts={self.num_experts}: sets of up to 64 experts are counted, a bit for each"
+                )
+            self.layers = _layers(trace, "expert_index", self.layers)
             masks = np.union1d(masks, np.unique(_masks(experts)))
             if labels is not None:
                 at = trace.coords("expert_index")["position"]
@@ -301,7 +306,7 @@ class _Chosen:
     def _read(self, phase: str):
         """For each Trace and group of its positions: (name, sets [L, T], labels [T] as numbers)."""
         groups = phases(phase)
-        for index, trace in enumerate(sequences(self._source)):
+        for index, trace in having(self._source, "expert_index"):
             at = trace.coords("expert_index")["position"]
             codes = np.searchsorted(self._codes, _masks(trace["expert_index"]))
             labels = np.zeros(len(at), int)
@@ -354,6 +359,13 @@ class _Chosen:
             yield name, np.array(tokens), tables.reshape(shape), np.array(of_prompt), np.array(counts, np.float64)
 
 
+def _layers(trace: Trace, tap: str, before: list[int]) -> list[int]:
+    """Those kept of a Trace. Raises ValueError unless they are those of the Traces before, if there are any."""
+    if before and trace.layers[tap] != before:
+        raise ValueError(f"a Trace has {tap} of layers {trace.layers[tap]}, those before it of {before}")
+    return trace.layers[tap]
+
+
 def _masks(experts: np.ndarray) -> np.ndarray:
     """int64 [L, T]: the set of experts of each token, a bit for each; -1 is nobody."""
     return np.where(experts >= 0, 1 << experts.astype(np.int64), 0).sum(-1)
@@ -376,7 +388,7 @@ def _shares(counts: np.ndarray) -> np.ndarray:
 
 def _entropy(counts: np.ndarray) -> np.ndarray:
     """Bits of the shares along the last axis."""
-    p = counts / counts.sum(-1, keepdims=True)
+    p = _shares(counts)
     return -(p * np.log2(np.maximum(p, 1e-300))).sum(-1)
 
 
@@ -389,10 +401,13 @@ def _information(tables: np.ndarray) -> np.ndarray:
 def _means(source: Source, measure: Callable, name: str, phase: str, seed: int, tap="router_logits") -> pd.DataFrame:
     """The mean over tokens of a measure of a tap [L, T, ...] -> [L, T], layer by layer."""
     sums: dict[str, list] = {}
-    for trace in sequences(source):
-        at, layers = trace.coords(tap)["position"], trace.layers[tap]
+    layers: list[int] = []
+    for _, trace in having(source, tap):
+        at, layers = trace.coords(tap)["position"], _layers(trace, tap, layers)
         value = trace[tap]
         if tap == "router_logits":
+            if "E" in trace.numbers[tap]:
+                raise ValueError(f"{name} needs router_logits of all experts; kept are {trace.numbers[tap]['E']}")
             value = np.exp(value - value.max(-1, keepdims=True))
             value /= value.sum(-1, keepdims=True)
         found = measure(value)

@@ -28,6 +28,19 @@ def sequences(source: Source) -> Iterator[Trace]:
         yield trace
 
 
+def having(source: Source, *taps: str) -> Iterator[tuple[int, Trace]]:
+    """(index, Trace) of those that hold one of these taps: a capture may be about other prompts, or about positions
+    that one lacks. If none does, the last, which the analysis will miss it in.
+    """
+    some = False
+    for index, trace in enumerate(sequences(source)):
+        if any(tap in trace.taps for tap in taps):
+            some = True
+            yield index, trace
+    if not some:
+        yield index, trace
+
+
 def phases(phase: str) -> list[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
     """(name, which of `trace.phase` belong to it) of each group of rows: "each", "all", "prefill" or "decode"."""
     if phase == "all":

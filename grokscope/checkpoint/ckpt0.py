@@ -334,7 +334,7 @@ def _changed(sums: Path, expected: list[Slot], checkpoint: Checkpoint, progress:
     for number, line in enumerate(sums.read_text("utf-8", "replace").splitlines(), 1):
         found = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
         if found:
-            listed[found[2]] = found[1]
+            listed[found[2].removeprefix("./")] = found[1]  # as `find . -exec sha256sum` names them
         else:
             problems.append(f"{SUMS}: line {number} is not a sum and a file name")
     for name, digest in progress(listed.items()):

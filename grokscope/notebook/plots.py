@@ -65,8 +65,14 @@ def _styled(ax: "Axes | None", width: float, height: float) -> "Iterator[Axes]":
         yield ax if ax is not None else figure.add_subplot()
 
 
+def _at_all_positions(trace: Trace) -> None:
+    if any("T" in trace.numbers.get(tap, {}) for tap in ("expert_index", "expert_gate")):
+        raise ValueError("nothing to draw: the Trace has routing of some positions; this plot is of all")
+
+
 def routing(trace: Trace, ax: "Axes | None" = None) -> "Axes":
     """Layer by position: colour is the first expert, strength its gate. The dashed line ends the prompt."""
+    _at_all_positions(trace)
     experts, gates = trace["expert_index"][..., 0], trace["expert_gate"][..., 0]
     num_layers, length = experts.shape
     num_experts = trace["router_logits"].shape[-1]
@@ -229,6 +235,7 @@ def attention(trace: Trace, layer: int, head: int | None = None, ax: "Axes | Non
 
 def token_strip(trace: Trace, layer: int = 0, ax: "Axes | None" = None) -> "Axes":
     """The text, each token on the colour of its first expert at a layer, strength = gate; underlined: generated."""
+    _at_all_positions(trace)
     experts, gates = trace["expert_index", layer][..., 0], trace["expert_gate", layer][..., 0]
     per_line, lines = 88, [[]]
     for i, piece in enumerate(trace.pieces):

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -202,7 +202,17 @@ def _save_table(traces: dict[int, Trace], table: str, path: Path) -> None:
     joined |= {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
     floats = [name for name, value in joined.items() if value.dtype == np.float32]
     others = [name for name in joined if name not in floats]
-    pq.write_table(pa.table(joined), path, compression="zstd", use_dictionary=others, use_byte_stream_split=floats)
+    texts = {n: pa.array(joined[n], pa.string()) for n in ("piece", "phase")}  # of no rows no type could be inferred
+    pq.write_table(
+        pa.table(joined | texts), path, compression="zstd", use_dictionary=others, use_byte_stream_split=floats
+    )
+
+
+def _some(prompts: int | Iterable[int]) -> list[int]:
+    chosen = [prompts] if isinstance(prompts, int | np.integer) else [*prompts]
+    if not chosen:
+        raise ValueError("prompts=[] selects nothing; None is all")
+    return chosen
 
 
 def _is_whole(directory: Path, entry: dict[str, Any]) -> bool:
@@ -232,7 +242,7 @@ def _manifest(directory: Path, *, empty: bool = False) -> dict[str, Any]:
         manifest["taps"] = {tap: {"dims": t["dims"], "dtype": t["dtype"]} for tap, t in manifest["taps"].items()}
         if manifest["about"].get("single") and not manifest["parts"] and not empty:
             raise ValueError("no parts")
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as err:
         raise ValueError(f"{path} is damaged, or not a manifest of {FORMAT!r}: {err}") from err
     return manifest
 
@@ -313,14 +323,14 @@ class Dump:
         return Trace(**arrays, taps={n: part.array(f"{prompt}.tap.{n}") for n in fields["dims"]}, **fields)
 
     def to_numpy(
-        self, tap: str, layer: int | None = None, *, prompts: Sequence[int] | None = None
+        self, tap: str, layer: int | None = None, *, prompts: int | Iterable[int] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """A tap of all Traces, or of some, joined along positions, and the prompt [N] of each position.
 
         With `layer`, only that layer is read. Raises KeyError for what is not there.
         """
         values, of = [], []
-        for prompt in self.prompts if prompts is None else prompts:
+        for prompt in self.prompts if prompts is None else _some(prompts):
             trace = self[prompt]
             if prompts is None and tap in self.taps and tap not in trace.taps:
                 continue  # captured of other prompts
@@ -334,11 +344,12 @@ class Dump:
             raise KeyError(f"{self.directory} holds no finished prompt yet")
         return np.concatenate(values, axis=dims.index("T")), np.concatenate(of)
 
-    def to_pandas(self, table: str, *, prompts: Sequence[int] | None = None):
+    def to_pandas(self, table: str, *, prompts: int | Iterable[int] | None = None):
         """`Trace.to_pandas` of all Traces, or of some, with a column "prompt" in front, ordered by it."""
         where, parts = None, self._parts
         if prompts is not None:
-            where, holding = [("prompt", "in", list(prompts))], [self._part(p) for p in prompts]
+            prompts = _some(prompts)
+            where, holding = [("prompt", "in", prompts)], [self._part(p) for p in prompts]
             parts = [part for part in parts if part in holding]
         frame = pq.read_table(self._files(table, parts), filters=where).to_pandas()
         return frame.sort_values("prompt", kind="stable", ignore_index=True)

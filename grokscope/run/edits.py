@@ -7,11 +7,13 @@ per prompt, and only a new kind of edit compiles anything.
 
 import builtins
 import dataclasses
+import dis
 import hashlib
+import inspect
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from types import CodeType, MethodType
+from types import CodeType, MethodType, ModuleType
 from typing import Any
 
 import jax
@@ -99,6 +101,9 @@ def _function(fn: Callable, within: tuple[int, ...] = ()) -> str:
     seen += [getattr(fn, "__dict__", {})] if code is None else [cell.cell_contents for cell in fn.__closure__ or ()]
     if isinstance(fn, MethodType):
         seen.append(getattr(fn.__self__, "__dict__", None))
+    if code is not None:
+        there = getattr(fn, "__globals__", {})
+        seen.append({n: _global(fn, there[n], n, within) for n in _globals(code) if n in there})
     about = [None if code is None else _code(code), _seen(seen, within)]
     module, name = getattr(fn, "__module__", ""), getattr(fn, "__qualname__", type(fn).__qualname__)
     return f"{module}.{name} {hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]}"
@@ -118,6 +123,20 @@ def _seen(value: Any, within: tuple[int, ...]) -> Any:
         digest = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
         return [str(value.dtype), [*value.shape], digest]
     return _function(value, within) if callable(value) and not isinstance(value, type) else repr(value)
+
+
+def _globals(code: CodeType) -> list[str]:
+    """Names that a function, or one inside it, looks up in its module."""
+    own = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    return sorted(own.union(*(_globals(c) for c in code.co_consts if isinstance(c, CodeType))))
+
+
+def _global(fn: Callable, value: Any, name: str, within: tuple[int, ...]) -> Any:
+    """What can be seen of a global; of modules and what comes from elsewhere the name."""
+    elsewhere = isinstance(value, ModuleType | type) or (
+        callable(value) and getattr(value, "__module__", None) != fn.__module__
+    )
+    return name if elsewhere else _seen(value, within)
 
 
 def _code(code: CodeType) -> list:
@@ -214,11 +233,19 @@ def ablate(**selectors) -> Edit:
 def edit(tap: str, fn: Callable, **selectors) -> Edit:
     """fn(value, layer, positions) -> value at a tap: jax, on one row without batch axis, compiled once for each fn.
 
-    value has the dims of the tap; layer is an int32 scalar (-1 at taps without layers); positions is int32 [T]. Give
-    the same function object again, not a new lambda, to compile nothing. Selectors: see scale.
+    value has the dims of the tap; layer is an int32 scalar (-1 at taps without layers); positions is int32 [T]. A
+    prompt comes padded, its positions -1 there, and a long one in blocks; a generated token comes alone, and S is the
+    room for keys. So fn works position by position, or leaves out what is at -1: a mean over positions is
+    `jnp.mean(value, 0, where=positions[:, None] >= 0)`. What fn closes over, its globals and attributes are as they are
+    when `grokscope.Grok.edits` begins. Give the same function object again, not a new lambda, to compile nothing.
+    Selectors: see scale.
     """
-    if not callable(fn):
-        raise TypeError(f"fn={fn!r}: expected a function of (value, layer, positions)")
+    try:
+        inspect.signature(fn).bind(None, None, None)
+    except TypeError as err:
+        raise TypeError(f"fn={fn!r}: expected a function of (value, layer, positions)") from err
+    except ValueError:  # one that does not tell
+        pass
     return _edit("edit", [(tap, "edit", fn)], selectors, tap=tap, fn=fn)
 
 
@@ -422,7 +449,8 @@ def _change(one: Edit, tap: str, op: str, value, layers, config: GrokConfig) -> 
             raise ValueError(
                 f"{op} of {tap}: a value of shape {value.shape} does not fit {shape} ({' '.join(rest)})"
             ) from err
-    return Change(EditKind(tap, op, axis, fn), layers, mask, value, one.where)
+    does = "" if fn is None else _function(fn)
+    return Change(EditKind(tap, op, axis, fn, does), layers, mask, value, one.where)
 
 
 def _route(op: str, value, layers, where: Where, config: GrokConfig) -> Change:

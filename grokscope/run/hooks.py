@@ -54,12 +54,15 @@ class CaptureKind:
 
 @dataclasses.dataclass(frozen=True)
 class EditKind:
-    """An edit as the compiler sees it: `op` at `tap`, of part of `axis` or all of it. fn: of op "edit"."""
+    """An edit as the compiler sees it: `op` at `tap`, of part of `axis` or all of it. fn: of op "edit"; `does`: a
+    digest of what it does, for one that closes over what has changed is another.
+    """
 
     tap: str
     op: str
     axis: str | None = None
     fn: Callable | None = None
+    does: str = ""
 
     @property
     def routes(self) -> bool:
@@ -317,10 +320,18 @@ def _edited(kind: EditKind, given: dict, value: Array, at: At, chosen: Array | N
         keys = jnp.arange(value.shape[-1])
         on = on & (keys <= _beside(at.positions, moved))
     if kind.fn is not None:
-        new = jax.vmap(kind.fn, in_axes=(0, None, 0))(value, given["layer"], at.positions)
+        positions = jnp.where(at.live, at.positions, -1)
+        try:
+            new = jax.vmap(kind.fn, in_axes=(0, None, 0))(value, given["layer"], positions)
+        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as err:
+            raise TypeError(
+                f"the function of an edit of {kind.tap} is compiled, so its arguments have no values yet: use "
+                "jax.numpy instead of numpy, and jax.numpy.where instead of `if`"
+            ) from err
         if getattr(new, "shape", None) != value.shape:
+            found = None if new is None else jnp.shape(new)[1:]
             raise ValueError(
-                f"the function of an edit of {kind.tap} returned {jnp.shape(new)[1:]}; expected the shape it got, "
+                f"the function of an edit of {kind.tap} returned {found}; expected the shape it got, "
                 f"{value.shape[1:]} ({' '.join(dims)})"
             )
         new = jnp.moveaxis(new, t_axis, 1)
