@@ -669,6 +669,16 @@ def test_functions_are_told_apart():
     assert partial[0] == partial[1] != partial[2]
     methods = [gs.edit("resid_mid", Scaled(by).__call__).json() for by in (ones, ones.copy(), other)]
     assert methods[0] == methods[1] != methods[2]
+
+    class Settings:
+        def __init__(self, by):
+            self.by, self.own = by, self
+
+    def set_by(settings):
+        return gs.edit("resid_mid", lambda x, layer, positions: x * settings.by).json()
+
+    settings = [set_by(Settings(by)) for by in (ones, ones.copy(), other)]
+    assert settings[0] == settings[1] != settings[2]
     keys = [
         gs.edit("resid_mid", functools.partial(lambda key, *x: x[0], jax.random.key(seed))).json() for seed in (0, 0, 1)
     ]

@@ -122,7 +122,11 @@ def _seen(value: Any, within: tuple[int, ...]) -> Any:
     if isinstance(value, np.ndarray | jax.Array):
         digest = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
         return [str(value.dtype), [*value.shape], digest]
-    return _function(value, within) if callable(value) and not isinstance(value, type) else repr(value)
+    if callable(value) and not isinstance(value, type):
+        return _function(value, within)
+    if type(value).__repr__ is object.__repr__ and hasattr(value, "__dict__"):  # which would tell its address
+        return "itself" if id(value) in within else [type(value).__qualname__, _seen(vars(value), (*within, id(value)))]
+    return repr(value)
 
 
 def _globals(code: CodeType) -> list[str]:
