@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 import grokscope as gs
 from grokscope.run import decode
 from grokscope.run import dump as dump_module
+from grokscope.run.trace import ROUTING
 
 CAPTURE = ["router_logits", gs.capture("resid_post", layers=[1, 2])]
 PROMPTS = [[5 + i % 40, *range(3, 4 + i % 6)] for i in range(30)]
@@ -89,12 +90,11 @@ def test_only_what_is_touched_is_read(small, tmp_path):
 
 def test_a_part_without_rows_of_a_table(tmp_path):
     """Its columns have their types all the same."""
-    routing = {"router_logits": "LTE", "expert_index": "LTK", "expert_gate": "LTK"}
     one = gs.load().trace("The old keeper")
     none = dataclasses.replace(
         one,
-        taps={tap: one.taps[tap][:, :0] for tap in routing},
-        numbers={tap: one.numbers[tap] | {"T": []} for tap in routing},
+        taps={tap: one.taps[tap][:, :0] for tap in ROUTING},
+        numbers={tap: one.numbers[tap] | {"T": []} for tap in ROUTING},
     )
     for number, trace in enumerate((none, one)):
         with dump_module.Writer(tmp_path / "d", {}, 2, resume=True) as writer:
