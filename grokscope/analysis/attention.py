@@ -176,17 +176,8 @@ def read_at_swaps(comparison: Comparison, *, layers: Sequence[int] | None = None
                     (number, i, a.pieces[i], distance[i], head, key, a.pieces[key], own[h, key], weight_b, moved[h])
                 )
     names = [
-        "layer",
-        "position",
-        "piece",
-        "routing",
-        "head",
-        "key_position",
-        "key_piece",
-        "weight_a",
-        "weight_b",
-        "moved",
-    ]
+        "layer", "position", "piece", "routing", "head", "key_position", "key_piece", "weight_a", "weight_b", "moved",
+    ]  # fmt: skip
     return pd.DataFrame(rows, columns=names).sort_values("moved", ascending=False, ignore_index=True)
 
 

@@ -60,14 +60,10 @@ def attribution(
     none, logit. They sum to the logit the model computed. Of a run under edits "edit" is what they did to the stream in
     a layer beside its heads and experts: all that these gave, taken back, where the layer was ablated (and rounding).
     "error" is what the other rows leave unexplained: rounding, and edits behind the last layer. Needs the taps of
-    ATTRIBUTION at all layers. Raises KeyError if one is missing, ValueError at the last position without a target.
+    ATTRIBUTION at all layers. Raises KeyError if one is missing, ValueError if a selector cut one, and at the last
+    position without a target.
     """
-    if missing := [name for name in ATTRIBUTION if name not in trace.taps]:
-        raise KeyError(f"attribution needs {', '.join(missing)}; capture grokscope.analysis.ATTRIBUTION")
-    for name in ATTRIBUTION:
-        if cut := trace.numbers.get(name, {}).keys() - {"L"}:
-            parts = " and ".join(f"{COORDINATES[d]}s" for d in sorted(cut))
-            raise ValueError(f"attribution needs {name!r} whole; of its {parts} some were selected")
+    _refuse_parts(trace)
     config = grok.config
     at = place(trace, position)
     if target is None:
@@ -101,6 +97,15 @@ def attribution(
         rows += of_layer
     rows.append(("error", -1, -1, -1, -1, actual - sum(value for *_, value in rows)))
     return pd.DataFrame(rows, columns=["part", "layer", "head", "expert", "rank", "logit"])
+
+
+def _refuse_parts(trace: Trace) -> None:
+    if missing := [name for name in ATTRIBUTION if name not in trace.taps]:
+        raise KeyError(f"attribution needs {', '.join(missing)}; capture grokscope.analysis.ATTRIBUTION")
+    for name in ATTRIBUTION:
+        if cut := trace.numbers.get(name, {}).keys() - {"L"}:
+            parts = " and ".join(f"{COORDINATES[d]}s" for d in sorted(cut))
+            raise ValueError(f"attribution needs {name!r} whole; of its {parts} some were selected")
 
 
 def place(trace: Trace, position: int) -> int:

@@ -192,13 +192,7 @@ def specialisation(
                 draw[:] = _information(_summed(counts, rng.permutation(of_prompt), tables.shape[1]) @ member)
         else:
             for layer, table in enumerate(tables):
-                rows, sets = table.any(1), table.any(0)
-                if rows.sum() < 2 or sets.sum() < 2:  # one label, or always the same set: there is no other table
-                    null[:, layer] = found[layer]
-                    continue
-                table = table[np.ix_(rows, sets)]
-                drawn = random_table(table.sum(1), table.sum(0), seed=rng).rvs(draws)
-                null[:, layer] = _information(drawn @ member[sets])
+                null[:, layer] = _shuffled(table, member, draws, rng, found[layer])
         p, adjusted = resampling.p_values(found, null)
         excess = found - null.mean(0)
         most = _entropy((tables @ member).sum(1))
@@ -396,6 +390,15 @@ def _information(tables: np.ndarray) -> np.ndarray:
     """Mutual information in bits between rows and columns of tables [..., R, C]."""
     flat = tables.reshape(*tables.shape[:-2], -1)
     return _entropy(tables.sum(-1)) + _entropy(tables.sum(-2)) - _entropy(flat)
+
+
+def _shuffled(table: np.ndarray, member: np.ndarray, draws: int, rng, found: float) -> np.ndarray | float:
+    """The information in tables [R, S] with the margins of this one; `found`, its own, where there is no other."""
+    rows, sets = table.any(1), table.any(0)
+    if rows.sum() < 2 or sets.sum() < 2:  # one label, or always the same set; scipy's tables are wrong then
+        return found
+    table = table[np.ix_(rows, sets)]
+    return _information(random_table(table.sum(1), table.sum(0), seed=rng).rvs(draws) @ member[sets])
 
 
 def _means(source: Source, measure: Callable, name: str, phase: str, seed: int, tap="router_logits") -> pd.DataFrame:
