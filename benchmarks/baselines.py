@@ -2,8 +2,8 @@
 
     python benchmarks/baselines.py PACK NAME=CHECKPOINT [NAME=CHECKPOINT ...]
 
-A column for each checkpoint, and two for an n-gram model of the same token ids: on as many tokens as grok-1-mini saw,
-drawn by the training weights, and on all of PACK. Prints Markdown.
+A column for each checkpoint, and two for an n-gram model of the same token ids: on as many tokens as the two short runs
+of the model card saw, drawn by the training weights, and on all of PACK. Prints Markdown.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from grokscope.checkpoint.ckpt0 import open_checkpoint
 
 WINDOWS, LENGTH = 96, 256  # held-out windows a domain, predicted tokens in each
 ORDER = 5
-SEEN = 37_600_000  # tokens: what grok-1-mini saw, to 0.2 %
+SEEN = 32_768_000  # tokens of a short run: 1000 batches of 32 x 1024
 
 
 @dataclasses.dataclass
@@ -54,9 +54,7 @@ class Ngram:
     def probabilities(self, rows: np.ndarray) -> np.ndarray:
         """Of every token of the rows [W, T] but the first, given those before it in its row: [W, T - 1]."""
         found = np.full(rows.shape, 1 / self.vocab_size)
-        context = np.zeros(
-            (len(rows), rows.shape[1] + 1), np.int64
-        )  # index of the n - 1 tokens that begin there, or -1
+        context = np.zeros((len(rows), rows.shape[1] + 1), np.int64)  # index of the n - 1 tokens from there, or -1
         for n, level in enumerate(self.levels, 1):
             context = context[:, :-1]
             keys = context * self.vocab_size + rows[:, n - 1 :]

@@ -33,6 +33,7 @@ from grokscope.config import GrokConfig
 from grokscope.model import sharding, transformer
 from grokscope.model.params import PARAMS
 from grokscope.model.transformer import Positions
+from grokscope.run import engine
 from grokscope.run.compiled import keep_compiled
 from grokscope.run.decode import deferred_interrupt
 from grokscope.tokenizer import Tokenizer
@@ -194,7 +195,7 @@ def losses(config: GrokConfig, params: dict, tokens: jax.Array, dtype) -> dict[s
         return x, (balance, jnp.mean(jax.nn.logsumexp(routed.logits, axis=-1) ** 2), share)
 
     step = jax.checkpoint(step, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*KEPT))
-    # From float32: thousands of rows are added to that of a common token, in bfloat16 for two thirds of a step of a GPU.
+    # From float32: adding many tokens to one row of bfloat16 took two thirds of a step on an H100.
     x = transformer.embed(config, master["ends"], inputs).astype(dtype)
     x, (balance, router_z, share) = jax.lax.scan(step, x, params["layers"])
     nats = -transformer.next_logprobs(config, master["ends"], x, targets)  # parts add up its derivative in float32
@@ -525,7 +526,7 @@ def _begun(recipe: Recipe, start: ckpt0.Checkpoint | GrokConfig, ids: TokenData)
         "config": dataclasses.asdict(start if scratch else start.config),
         "start": "scratch" if scratch else start.hash(),
         "data": {domain: [share, len(ids.ids[domain])] for domain, share in ids.weights.items()},
-        "dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16",
+        "dtype": engine.default_numerics(),
     }
 
 

@@ -24,7 +24,9 @@ import pytest
 import grokscope as gs
 from grokscope.checkpoint import ckpt0
 from grokscope.model.quant import quantize
+from grokscope.run import engine
 
+engine.default_numerics = lambda: "float32"  # what is expected here, also where JAX_PLATFORMS=cuda
 jax.config.update("jax_num_cpu_devices", 8)  # meshes; what asks for none runs on the first
 
 HERE = Path(__file__).parent

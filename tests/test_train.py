@@ -40,10 +40,8 @@ def data(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_gradient_of_experts_is_that_of_all_experts_masked(monkeypatch, backend):
-    """by_expert, as each backend runs small experts, against the dense form, in tiles and at N = 1."""
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+def test_gradient_of_experts_is_that_of_all_experts_masked():
+    """by_expert's own derivative against autodiff of the dense form, in tiles and at N = 1."""
     rng = np.random.default_rng(0)
     for num_tokens in (1, 5, 300):
         x = jnp.asarray(rng.standard_normal((num_tokens, 6)), jnp.float32)
@@ -57,7 +55,7 @@ def test_gradient_of_experts_is_that_of_all_experts_masked(monkeypatch, backend)
             counts = jnp.sum(chosen[:, None] == jnp.arange(3), axis=0)
             groups = transformer.Groups(jnp.cumsum(counts) - counts, counts)
             rows = jnp.pad(x[order], ((0, tile), (0, 0)))
-            out = transformer.by_expert(transformer.down, tile, rows, (weights,), groups)
+            out = transformer.by_expert(transformer.matmul, tile, rows, (weights,), groups)
             return jnp.sum(jnp.tanh(out[: len(x)]) * target[order])
 
         def dense(x, weights, chosen=chosen, target=target):

@@ -34,7 +34,6 @@ AT_ONCE = 1 << 20  # attention scores or logits, unless somebody looks at them: 
 MIN_BLOCK = 64  # positions, however many that makes
 MIN_OWN = 128  # queries of a block that read only what is before them
 KEYS = 256  # of a long cache, read at a time on CPU; its length is a power of two (run.decode.cache_length)
-SMALL = 1 << 20  # values of an expert's matrix
 FEW_PAIRS = 256  # tokens and choices that an accelerator sorts by comparing all with all, in fewer steps
 NORM_EPS = 1e-5
 ROTARY_BASE = 10000.0
@@ -358,10 +357,7 @@ def by_expert(fn, tile: int, rows: Float[Array, "M X"], weights: tuple[Stack, ..
 
     M is all rows that there may be, and what is to spare. Those of no expert become 0.
     """
-    kept = weights[0][0]
-    if not in_kernel(rows.dtype, kept):
-        if jax.default_backend() != "cpu" and not isinstance(kept, QuantizedWeight) and kept.size <= SMALL:
-            return in_one(fn, rows, weights, groups)
+    if not in_kernel(rows.dtype, weights[0][0]):
         return in_loop(fn, tile, rows, tuple(zip(*map(each, weights), strict=True)), groups)
     tiles = kernel.Tiles.of(groups.begins, groups.counts, tile, len(rows))
 
@@ -371,17 +367,6 @@ def by_expert(fn, tile: int, rows: Float[Array, "M X"], weights: tuple[Stack, ..
 
     out = fn(rows, *weights, multiply=multiply)
     return jnp.where(jnp.arange(len(rows))[:, None] < jnp.sum(groups.counts), out, 0)
-
-
-def in_one(fn, rows: Float[Array, "M X"], weights: tuple[Stack, ...], groups: Groups) -> Array:
-    """`by_expert` of small experts on an accelerator: each row times all of them, with zeros for those that are not its
-    own, takes less time there than to call them one by one (benchmarks/LOG.md).
-    """
-
-    def multiply(rows, own: Stack):
-        return jax.lax.ragged_dot(rows, jnp.stack(each(own)), groups.counts, precision=HIGHEST)
-
-    return fn(rows, *weights, multiply=multiply)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

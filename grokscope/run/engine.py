@@ -110,6 +110,10 @@ class Call:
     edits: list[dict]
 
 
+def default_numerics() -> str:
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def bundled_checkpoint() -> Path:
     """Where grok-1-mini lies: inside an installed package, or in `checkpoints/` of a clone."""
     package = Path(__file__).parents[1]
@@ -152,7 +156,7 @@ def load(
     """
     checkpoint = open_checkpoint(bundled_checkpoint() if path is None else path)
     if numerics is None:
-        numerics = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        numerics = default_numerics()
     if numerics not in NUMERICS:
         raise ValueError(f"numerics={numerics!r}; expected one of {', '.join(NUMERICS)}, or None")
     if weights not in (None, "expanded", "int8", "streamed"):
