@@ -115,7 +115,8 @@ def circuits(grok: gs.Grok, held_out: train.TokenData) -> None:
     for over in ("layers", "heads", "experts"):
         frame = analysis.ablations(grok, texts, over)
         grid = frame.effect.to_numpy().reshape(grok.config.num_layers, -1)
-        print(f"| {over} |" + "".join(f" {i} |" for i in range(grid.shape[1])))
+        columns = ["nats"] if over == "layers" else range(grid.shape[1])
+        print(f"| {over} |" + "".join(f" {column} |" for column in columns))
         print("|---" * (grid.shape[1] + 1) + "|")
         for layer, row in enumerate(grid):
             print(f"| layer {layer} |" + "".join(f" {v:.3f} |" for v in row))
