@@ -2,8 +2,9 @@
 
 Data is a folder of token ids: `meta.json` with {"weights": {domain: share}, "bytes_per_token": {domain: number}} and
 `train.<domain>.u16[.xz]`, `valid.<domain>.u16[.xz]`, little-endian uint16. A batch is a function of seed and step, and
-the whole state is saved, so a run that was killed resumes exactly. Master weights are float32; the result is written in
-the released format, int8. Every expert runs exactly the tokens routed to it: nothing is dropped, there is no capacity.
+the whole state is saved, so a run that was killed resumes exactly (a GPU adds up in no fixed order: there within
+rounding). Master weights are float32; the result is written in the released format, int8. Every expert runs exactly the
+tokens routed to it: nothing is dropped, there is no capacity.
 
 On a mesh, parameters and optimizer state lie by the letter table and each data shard computes its rows of the batch;
 one process drives all devices. The state file holds whole arrays, so that a run begun on one mesh goes on on another.
