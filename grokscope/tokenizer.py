@@ -48,7 +48,7 @@ class Tokenizer:
         return self._model.EncodeAsIds(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; byte sequences that are not UTF-8 read as U+FFFD."""
+        """The text of ids; byte sequences that are not UTF-8 read as U+FFFD. Raises ValueError for what is no id."""
         stream = self.stream()
         return "".join(stream(i) for i in ids) + stream(None)
 
@@ -59,6 +59,8 @@ class Tokenizer:
 
         def characters(token: int | None) -> str:
             nonlocal strip
+            if token is not None and not 0 <= token < self._num_ids:
+                raise ValueError(f"token id {token}: expected 0 to {self._num_ids - 1}")
             text = utf8.decode(b"" if token is None else self.bytes[token], final=token is None)
             if text and strip:
                 strip, text = False, text.removeprefix(" ")

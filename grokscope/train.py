@@ -196,7 +196,7 @@ def losses(config: GrokConfig, params: dict, tokens: jax.Array, dtype) -> dict[s
         return x, (balance, jnp.mean(jax.nn.logsumexp(routed.logits, axis=-1) ** 2), share)
 
     step = jax.checkpoint(step, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*KEPT))
-    # From float32: adding many tokens to one row of bfloat16 took two thirds of a step on an H100.
+    # From float32: what many places add to one row is lost in bfloat16, and took two thirds of a step on an H100.
     x = transformer.embed(config, master["ends"], inputs).astype(dtype)
     x, (balance, router_z, share) = jax.lax.scan(step, x, params["layers"])
     nats = -transformer.next_logprobs(config, master["ends"], x, targets)  # parts add up its derivative in float32

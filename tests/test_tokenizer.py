@@ -60,6 +60,9 @@ def test_the_text_agrees_with_sentencepiece(grok_1):
 def test_ids_beyond_the_tokenizer():
     path = bundled_checkpoint() / "tokenizer.model"
     assert Tokenizer(path, MINI.vocab_size + 2).decode([MINI.vocab_size + 1, 562]) == "<8193>The"
+    for wrong in (-1, 8192):
+        with pytest.raises(ValueError, match=f"token id {wrong}: expected 0 to 8191"):
+            MINI.decode([wrong])
     with pytest.raises(ValueError, match="8192 pieces, more than the 100 ids"):
         Tokenizer(path, 100)
 

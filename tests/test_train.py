@@ -178,6 +178,19 @@ def test_gradients_through_parts_are_those_of_the_whole(monkeypatch, mesh):
     agree(*found)
 
 
+def test_a_common_token_learns_from_all_of_its_places():
+    """In bfloat16 too, where thousands of small addends would be lost beside their sum."""
+    params, rng = fresh(FEW), np.random.default_rng(0)
+    tokens = np.where(rng.random((16, 257)) < 0.9, 5, rng.integers(0, FEW.vocab_size, (16, 257))).astype(np.int32)
+
+    def row(dtype):
+        nats = jax.jit(jax.grad(lambda params: train.losses(FEW, params, tokens, dtype)["nats"].mean()))
+        return np.asarray(nats(params)["ends"]["embedding"]["w"][5])
+
+    exact = row("float32")
+    assert np.linalg.norm(row("bfloat16") - exact) < 0.02 * np.linalg.norm(exact)
+
+
 @pytest.mark.slow
 def test_a_layer_adds_what_it_keeps():
     """More layers take their gradients, their inputs and what KEPT names, and no attention."""
