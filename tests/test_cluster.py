@@ -72,6 +72,35 @@ def test_looking_while_it_runs_and_stopping(cluster, grok):
     agree(cluster.trace(PROMPTS[0]), grok.trace(PROMPTS[0]))
 
 
+def test_looking_at_the_last_token(cluster, grok):
+    """It is done when its token is told of; afterwards the engines keep nothing of it."""
+    keep = [gs.capture(tap, phase="prefill") for tap in ("final_norm", "resid_post")]
+
+    def looks(model):
+        seen = {}
+
+        def look(event):
+            for key in ("final_norm", "resid_post"):
+                seen[event.position, key] = event.glimpse(key, True)
+                with pytest.raises(KeyError, match="not captured at generated tokens"):
+                    event.glimpse(key, False)
+
+        model.generate(PROMPTS[0], 2, on_token=look, capture=keep, stop_at_eos=False)
+        return seen
+
+    ours, theirs = looks(cluster), looks(grok)
+    assert len(ours) == 4
+    for key, value in ours.items():
+        np.testing.assert_allclose(value, theirs[key], atol=1e-4)
+    assert cluster._client[cluster._engines[0]].apply_sync(_held) == 0
+
+
+def _held() -> int:
+    from grokscope.run import worker
+
+    return len(worker._worker.jobs)
+
+
 def test_what_was_asked_wrongly_leaves_it_whole(cluster):
     with pytest.raises(ValueError, match="vocabulary"):
         cluster.generate([99999], 3)

@@ -168,7 +168,6 @@ def test_greedy_is_the_argmax(grok):
 
 
 def test_kinds_of_prompts(grok):
-
     ids = [562, 3888, 311]
     kinds = [ids, tuple(ids), np.array(ids), np.array(ids, np.uint16), [np.int64(i) for i in ids], jnp.array(ids)]
     for prompt in kinds:
@@ -177,6 +176,8 @@ def test_kinds_of_prompts(grok):
     assert [len(t) for t in grok.trace(np.array([ids, ids]), capture=())] == [3, 3]
     assert [len(t) for t in grok.trace(["The", ids, tuple(ids)], capture=())] == [2, 3, 3]
     assert isinstance(grok.trace([ids], capture=()), list)
+    assert grok.trace(np.str_("The"), capture=()).tokens.tolist() == [1, 562]
+    assert [len(t) for t in grok.trace(np.array(["The", "The"]), capture=())] == [2, 2]
 
 
 def test_bos(grok):

@@ -1008,16 +1008,23 @@ def test_edits_may_be_entered_again(small):
 
 
 def test_a_glimpse_is_what_is_kept(small):
-    """While it runs, each token's routing, and the prompt's: the same as in the Trace."""
-    seen = []
+    """While it runs, each token's routing, also some tokens later, and the prompt's: the same as in the Trace."""
+    seen, later, events = [], [], []
 
     def look(event):
+        events.append(event)
         if event.position == len(TOKENS):
             seen.append(event.glimpse("router_logits", True))
         seen.append(event.glimpse("router_logits", False)[:, None])
+        later.append(events[max(len(events) - 5, 0)].glimpse("router_logits", False))
 
     trace = small.generate(TOKENS, NEW, on_token=look, stop_at_eos=False)
     assert (np.concatenate(seen, axis=1) == trace["router_logits"]).all()
+    shown = [max(n - 4, 0) + len(TOKENS) for n in range(NEW)]
+    assert (np.stack(later, axis=1) == trace["router_logits"][:, shown]).all()
+    for of_prompt in (False, True):
+        with pytest.raises(KeyError, match="its Trace has it"):
+            events[0].glimpse("router_logits", of_prompt)
 
 
 def test_what_cannot_be_glimpsed(small):
@@ -1048,3 +1055,45 @@ def test_a_glimpse_of_what_another_prompt_keeps(small):
     first, second = small.generate([TOKENS, TOKENS], 3, on_token=look, stop_at_eos=False, capture=wish)
     assert "attn_out" in first.taps
     assert "attn_out" not in second.taps
+
+
+def test_a_patch_that_makes_nobody(small):
+    """An expert that another run did not take adds nothing here: cached as uncached, and as with its gate at 0."""
+    with small.edits(gs.route.top_k(1)):
+        fewer = small.trace(TOKENS)
+    with small.edits(gs.patch(fewer, "expert_index")):
+        made = small.generate(TOKENS, 3, stop_at_eos=False)
+        whole = small.trace(made.tokens, capture=["expert_out", "expert_gate", "moe_out"])
+    index = whole["expert_index"][:, : len(TOKENS)]
+    assert (index[..., 1] == -1).all()
+    close(made.logprobs[1:], whole.logprobs[1:])
+    assert not whole["expert_gate"][:, : len(TOKENS), 1].any()
+    assert not whole["expert_out"][:, : len(TOKENS), 1].any()
+    close(whole["moe_out"], (whole["expert_gate"][..., None] * whole["expert_out"]).sum(-2))
+
+
+def test_means_of_banned_logits(small):
+    mean = gs.capture("router_logits", reduce="mean")
+    with small.edits(gs.route.ban(experts=5, layers=1)):
+        made = small.generate(TOKENS, 3, capture=mean, stop_at_eos=False)
+        close(made["router_logits.mean"], small.trace(made.tokens, capture=mean)["router_logits.mean"])
+    assert np.isneginf(made["router_logits.mean", 1][5])
+
+
+def test_the_highest_of_negative_weights(small):
+    with small.edits(gs.add("attn_pattern", -0.2)):
+        trace = small.trace(TOKENS, capture=["attn_pattern", gs.capture("attn_pattern", reduce="topk", k=3)])
+    pattern = np.where(np.tril(np.ones((len(TOKENS), len(TOKENS)), bool)), trace["attn_pattern"], -np.inf)
+    best = -np.sort(-pattern, axis=-1)[..., :3]
+    close(trace["attn_pattern.topk_value"], np.where(np.isfinite(best), best, 0))
+    assert ((trace["attn_pattern.topk"] == -1) == np.isinf(best)).all()
+
+
+def test_names_and_labels_of_captures(small):
+    with pytest.raises(ValueError, match="'router_logits' is a tap itself"):
+        small.trace(TOKENS, capture=gs.capture("router_probs", name="router_logits"))
+    labels = np.zeros(small.config.vocab_size, np.uint8)
+    count = small.trace(TOKENS, capture=gs.capture("expert_index", reduce="count", labels=labels))["expert_index.count"]
+    assert (count.sum((-1, -2)) == 2 * len(TOKENS)).all()
+    with pytest.raises(ValueError, match="one class from 0"):
+        gs.capture("expert_index", reduce="count", labels=labels.astype(np.int64) + (1 << 32))

@@ -34,6 +34,13 @@ def test_temperature():
     np.testing.assert_allclose(found, softmax(LOGITS / 0.7), atol=0.03)
 
 
+def test_temperatures_that_float32_cannot_divide_by():
+    assert draw(LOGITS, temperature=1e-42)[1][0] == 1
+    few = rows(1, 6, temperature=1e39, top_k=2)
+    ids = {int(choose("filtered", np.float32(LOGITS[None]), np.full(1, p, np.int32), few)[0]) for p in range(30)}
+    assert ids == {0, 1}
+
+
 def test_zero_is_greedy_in_any_company():
     assert draw(LOGITS, temperature=0.0) == ("greedy", pytest.approx([1, 0, 0, 0, 0, 0]))
     sampling = rows(2, 6, temperature=[0.0, 5.0], top_k=[6, 3])

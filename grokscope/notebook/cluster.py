@@ -250,12 +250,12 @@ class RemoteRun:
         if on_token is None:
             return False
         for row, position, token, text, logprob in turn.tokens:
-            glimpse = functools.partial(self._glimpse, row)
+            glimpse = functools.partial(self._glimpse, row, position)
             try:
                 on_token(TokenEvent(row, position, token, text, logprob, glimpse))
             except KeyboardInterrupt:
                 return True
         return False
 
-    def _glimpse(self, row: int, key: str, of_prompt: bool) -> np.ndarray:
-        return self.cluster._on_all("glimpse", row, key, of_prompt, doing="looking")
+    def _glimpse(self, row: int, position: int, key: str, of_prompt: bool) -> np.ndarray:
+        return self.cluster._on_all("glimpse", row, position, key, of_prompt, doing="looking")

@@ -171,7 +171,8 @@ def capture(
         raise ValueError(f"no reduction {reduce!r}; nearest: {', '.join(near)}")
     if labels is not None:
         labels = np.asarray(labels)
-        if reduce != "count" or labels.ndim != 1 or labels.dtype.kind not in "iu" or labels.max(initial=-1) < 0:
+        ints = reduce == "count" and labels.ndim == 1 and labels.size and labels.dtype.kind in "iu"
+        if not ints or not 0 <= int(labels.max()) < 2**31:
             raise ValueError('labels are for reduce="count": ints, one class from 0 for each token of the vocabulary')
         labels = labels.astype(np.int32)
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
@@ -340,6 +341,8 @@ def _kept(wish: Capture, config: GrokConfig) -> Iterable[Kept]:
     if wish.name and len(taps) > 1:
         raise ValueError(f"name={wish.name!r} is for one tap, and {wish.tap!r} means {', '.join(taps)}")
     for tap, layers in taps.items():
+        if wish.name in TAPS and (wish.name != tap or wish.reduce):
+            raise ValueError(f"name={wish.name!r} is a tap itself; give the capture a name of its own")
         if wish.reduce is not None:
             _check_reduction(tap, wish, config)
         axis, numbers = _cut(tap, wish, config)

@@ -55,7 +55,7 @@ class Job:
       finish: "length", what `accept` said, or "interrupt"; None while it waits or runs.
       captures: {key: numpy [L,] dims}, when it is done.
       slot, first_step: where and from which decode step on it ran.
-      glimpse: (key, whether of the prompt) -> what is captured so far while it runs, see `Run.glimpse`.
+      glimpse: (position, key, whether of the prompt) -> what is captured so far, see `Run.glimpse`.
       chunks: captures that are here: of its prompt, then of its generated tokens.
       pools: its pools, one dictionary for each stage of a pass.
     """
@@ -70,7 +70,7 @@ class Job:
     captures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     slot: int = 0
     first_step: int = 0
-    glimpse: Callable[[str, bool], np.ndarray] | None = None
+    glimpse: Callable[[int, str, bool], np.ndarray] | None = None
     chunks: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)
     pools: list[dict] = dataclasses.field(default_factory=list)
 
@@ -560,26 +560,41 @@ class Run:
         own = {k.key for k in self.hooks.kept if len(self.hooks.prompt_positions(k, job.row))}
         return [{key: pool for key, pool in of_stage.items() if key in own} for of_stage in pools]
 
-    def glimpse(self, job: Job, key: str, of_prompt: bool) -> np.ndarray:
-        """A capture of a running job before it is done: of its prompt [L, T, ...], or of its last token [L, ...].
+    def glimpse(self, job: Job, position: int, key: str, of_prompt: bool) -> np.ndarray:
+        """A capture of a job before its Trace is there: of its prompt [L, T, ...], or of its token at `position`,
+        [L, ...], one of the last COLUMNS.
 
         Waits for the device, and costs a transfer each time. Raises KeyError for what is not captured whole, or not of
-        this prompt.
+        this prompt or token, and once it has gone into the Trace.
         """
         kept = next((k for k in self.hooks.kept if key in k.outputs() and self.hooks.takes(k, job.row)), None)
         if kept is None or kept.pooled:
             raise KeyError(f"{key!r} is not captured of prompt {job.row}, position by position")
         if not of_prompt and (kept.reduce == "lens" or not kept.outputs()[key][0].startswith("T")):
             raise KeyError(f"{key!r} cannot be looked at token by token while it runs")
+        if of_prompt and self._arrives(job):
+            self._land()
+        step = job.first_step + position - len(job.prompt)
+        if key in job.captures:
+            return self._glimpse_of_done(job, position, kept, key, of_prompt)
+        if not job.chunks if of_prompt else job.glimpse is None or self.step - step > COLUMNS:
+            raise KeyError(f"{key!r} of prompt {job.row} at {position} has gone by; its Trace has it")
         if of_prompt:
-            if self._arrives(job):
-                self._land()
             return np.array(job.chunks[0][key])
-        column = (self.step - 1) % COLUMNS
         held = [own[key] for own in (self.embed_buffers, *self.layer_buffers, self.head_buffers) if key in own]
         if not held:
             raise KeyError(f"{key!r} is not captured at generated tokens")
-        return np.asarray(steps.glimpsed(held, job.slot, column))
+        return np.asarray(steps.glimpsed(held, job.slot, step % COLUMNS))
+
+    def _glimpse_of_done(self, job: Job, position: int, kept: Kept, key: str, of_prompt: bool) -> np.ndarray:
+        length, (dims, _) = len(job.prompt), kept.outputs()[key]
+        there = kept.where.mask(length, len(job.tokens))
+        axis = dims.index("T") + (kept.layers is not None)
+        if of_prompt:
+            return up_to(job.captures[key].take(np.arange(there[:length].sum()), axis), dims, length)
+        if not there[position]:
+            raise KeyError(f"{key!r} is not captured at generated tokens")
+        return job.captures[key].take(there[:position].sum(), axis)
 
     def _arrives(self, job: Job) -> bool:
         return self.arriving is not None and job in self.arriving.jobs

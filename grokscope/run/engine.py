@@ -56,6 +56,7 @@ class TokenEvent:
       text: the whole characters it completes; "" inside a UTF-8 sequence.
       glimpse: a look at captures while it runs: glimpse("router_logits", False) is [L, E] of this token, and
         glimpse("router_logits", True) [L, T, E] of the prompt. Taps whose dims begin with T. Waits for the device.
+        Raises KeyError for what is not captured, and once the Trace has it.
     """
 
     prompt: int
@@ -594,7 +595,9 @@ class Grok:
         """Reports a token; says why to stop after it."""
         text = watch.read(token)
         if ending.on_token is not None:
-            ending.on_token(TokenEvent(job.row, len(job.tokens) - 1, token, text, logprob, job.glimpse))
+            position = len(job.tokens) - 1
+            glimpse = functools.partial(job.glimpse, position)
+            ending.on_token(TokenEvent(job.row, position, token, text, logprob, glimpse))
         if ending.at_eos and token == self.config.eos_token:
             return "eos"
         return "stop" if any(s in watch.text[-len(s) - len(text) :] for s in ending.strings) else None
@@ -748,7 +751,7 @@ def _axes(hooks: Hooks, job: Job) -> tuple[dict[str, str], dict[str, dict[str, l
 
 
 def _is_number(x) -> bool:
-    return (np.isscalar(x) and not isinstance(x, str | bytes)) or getattr(x, "shape", None) == ()
+    return not isinstance(x, str | bytes) and (np.isscalar(x) or getattr(x, "shape", None) == ())
 
 
 def _of(value, row: int):

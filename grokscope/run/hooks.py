@@ -180,6 +180,8 @@ class _Observer:
         for kind, given in self.edits:
             if kind.tap == name and not kind.routes:
                 value = _edited(kind, given, value, self.at, self.seen.get("expert_index"))
+        if name == "expert_gate" and self.stage.width:  # an edit may have made nobody of an expert that had one
+            value = jnp.where(self.seen["expert_index"] >= 0, value, 0)
         if name.startswith(("router", "expert_index")):
             self.seen[name] = value
         for kind, given in self.captures:
@@ -202,6 +204,8 @@ class _Observer:
         dims = TAPS[kind.tap].dims
         if kind.reduce == "count":
             return POOLS["count"](kind, given, self.pools[kind.key], value, self._counted(given))
+        if kind.reduce == "topk" and "S" in dims:
+            value = jnp.where(jnp.arange(value.shape[-1]) <= self.at.positions[:, None, :, None], value, -jnp.inf)
         if kind.positions:
             axis = 1 + dims.index("T")
             inside = jnp.clip(given["positions"] - self.at.positions[:, :1], 0, value.shape[axis] - 1)
@@ -242,7 +246,7 @@ def _entropy(kind: CaptureKind, value: Array) -> Array:
 def _topk(kind: CaptureKind, value: Array) -> tuple[Array, Array]:
     values, numbers = jax.lax.top_k(value.astype(jnp.float32), kind.k)
     if "S" in TAPS[kind.tap].dims:  # keys that are not there yet
-        there = values > (0 if kind.tap == "attn_pattern" else -1e29)
+        there = values > -jnp.inf
         values, numbers = jnp.where(there, values, 0), jnp.where(there, numbers, -1)
     return numbers.astype(jnp.int32), values
 
@@ -271,11 +275,11 @@ def _moments(kind: CaptureKind, given: dict, pool: tuple, value: Array, counted)
     new = jnp.sum(counted[0], axis=1).astype(jnp.float32)
     total = number + new
     own_mean = jnp.sum(jnp.where(on, value, 0), axis=1) / _beside(jnp.maximum(new, 1), mean)
-    delta = own_mean - mean
     share = _beside(new / jnp.maximum(total, 1), mean)
-    merged = (total, mean + delta * share)
+    merged = (total, mean * (1 - share) + own_mean * share)  # not mean + delta * share: a banned logit is -inf in both
     if not spread:
         return merged
+    delta = own_mean - mean
     own = jnp.sum(jnp.where(on, jnp.square(value - own_mean[:, None]), 0), axis=1)
     return (*merged, spread[0] + own + jnp.square(delta) * share * _beside(number, mean))
 

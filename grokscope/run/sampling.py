@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 Method = Literal["greedy", "gumbel", "filtered"]
 
+MILD = 1e30  # temperatures that float32 logits can be divided by: beyond, and below its inverse, as at these
 CANDIDATES = 1024  # the filtered sampler looks further only if these hold less than top_p
 
 
@@ -41,8 +42,9 @@ class Sampling:
             return array.astype(dtype)
 
         top_k = vocab_size if top_k is None else top_k
+        degrees = spread("temperature", temperature, float, lambda t: (t >= 0) & np.isfinite(t), "a number from 0")
         return cls(
-            spread("temperature", temperature, np.float32, lambda t: (t >= 0) & np.isfinite(t), "a number from 0"),
+            np.where(degrees > 0, np.clip(degrees, 1 / MILD, MILD), 0).astype(np.float32),
             spread("top_p", top_p, np.float32, lambda p: (p > 0) & (p <= 1), "a number above 0, up to 1"),
             np.minimum(
                 spread("top_k", top_k, np.int64, lambda k: (k >= 1) & (k % 1 == 0), "a whole number from 1"), vocab_size

@@ -51,6 +51,8 @@ class _Worker:
         self.grok = grok
         self.run: Run | None = None
         self.tokens: list[engine.TokenEvent] = []
+        self.jobs: list[Job] = []
+        self.done: list[Job] = []
         self.stop = threading.Event()
 
     def begin(self, request: Request) -> tuple[int, int]:
@@ -71,24 +73,25 @@ class _Worker:
         if stop:
             self.stop.set()
         self.tokens.clear()
+        for job in self.done:  # what was done in the turn before has been looked at
+            job.captures = {}
         if not run.over:
             run.turn(self.stop)
         done = [{n: getattr(job, n) for n in ("row", "tokens", "logprobs", "captures", "finish")} for job in run.ready]
+        self.done = list(run.ready)
         run.ready.clear()
         tokens = [(e.prompt, e.position, e.id, e.text, e.logprob) for e in self.tokens]
         return Turn(tokens, done, run.over, run.cut_short)
 
-    def glimpse(self, row: int, key: str, of_prompt: bool):
-        job: Job = self.jobs[row]
-        if job.glimpse is not None:
-            return job.glimpse(key, of_prompt)
-        return job.captures[key][:, : len(job.prompt)] if of_prompt else job.captures[key][:, -1]
+    def glimpse(self, row: int, position: int, key: str, of_prompt: bool):
+        assert self.run is not None
+        return self.run.glimpse(self.jobs[row], position, key, of_prompt)
 
     def bytes_to_read(self, passes: list[int]) -> int:
         return self.grok._bytes_to_read(passes)
 
     def end(self) -> None:
-        self.run = None
+        self.run, self.jobs, self.done = None, [], []
 
 
 _worker: _Worker | None = None
