@@ -5,8 +5,10 @@ Key names are those of the release. What follows from them (expert width, head r
 
 import dataclasses
 import json
-import math
 from pathlib import Path
+
+MOST = 1 << 31  # of any size
+MOST_LAYERS = 8192
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,16 +39,20 @@ class GrokConfig:
             if field.type is bool:
                 wanted = isinstance(value, bool)
             elif field.type is int:
-                wanted = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+                wanted = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST
             else:
-                wanted = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+                wanted = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e38
             if not wanted:
-                kind = {bool: "true or false", int: "a whole number from 0", float: "a positive number"}[field.type]
-                raise ValueError(f"{field.name}={value!r}: expected {kind}")
+                kinds = {bool: "true or false", int: "a whole number from 0, below 2**31", float: "a positive number"}
+                raise ValueError(f"{field.name}={value!r}: expected {kinds[field.type]}")
         tokens = ("pad_token", "bos_token", "eos_token")
         for name in (f.name for f in dataclasses.fields(self) if f.type is int and f.name not in tokens):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}=0: expected at least 1")
+        if self.num_layers > MOST_LAYERS:
+            raise ValueError(f"num_layers={self.num_layers}: at most {MOST_LAYERS}, as five digits number the files")
+        if self.widening_factor * self.emb_size >= MOST:
+            raise ValueError(f"widening_factor={self.widening_factor}: experts of {self.emb_size} would be too wide")
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(f"num_q_heads={self.num_q_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if self.num_selected_experts > self.num_experts:

@@ -17,6 +17,7 @@ import lzma
 import math
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -50,8 +51,8 @@ again there: faster on CPU than writing and reading it, in 0.15 to 0.28 of the m
 
 
 FINE_TUNING = 3e-4
-"""Learning rate from a checkpoint. 200 steps of grok-1-mini on one of its ten domains gained 0.15 nats a token there,
-and cost 0.13 on all; at 1e-3 0.19 and 0.58, at 3e-3 0.08 and 1.67.
+"""Learning rate from a checkpoint. 200 steps of an earlier grok-1-mini on one of its ten domains gained 0.15 nats a token
+there, and cost 0.13 on all; at 1e-3 0.19 and 0.58, at 3e-3 0.08 and 1.67.
 """
 SAVE_SECONDS = 300  # at most between two states on disk, or twenty times what saving one takes
 
@@ -84,8 +85,8 @@ class Recipe:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={self.learning_rate}: expected a number above 0")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: expected a whole number from 0")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed={self.seed}: expected a whole number from 0, below 2**32")
         if self.batch % self.accumulate:
             raise ValueError(f"batch={self.batch}: expected a multiple of accumulate={self.accumulate}")
         if not 0 <= self.decay <= 1:
@@ -163,6 +164,8 @@ def _meta(path: Path) -> tuple[dict[str, float], dict[str, float]]:
     weights, sizes = found
     if not any(weights.values()) or not all(sizes.values()):
         raise ValueError(f"{path}: expected a weight above 0, and bytes_per_token above 0 of each domain")
+    if "mixture" in weights:
+        raise ValueError(f"{path}: a domain is called mixture, as the mean of all is; name it otherwise")
     if missing := weights.keys() - sizes.keys():
         raise ValueError(f"{path}: bytes_per_token lacks {', '.join(sorted(missing))}")
     return weights, sizes
@@ -171,13 +174,17 @@ def _meta(path: Path) -> tuple[dict[str, float], dict[str, float]]:
 def _read_ids(path: Path) -> np.ndarray:
     packed = path.with_name(path.name + ".xz")
     if path.exists():
-        return np.fromfile(path, "<u2")
-    if packed.exists():
+        found = path.read_bytes()
+    elif packed.exists():
         try:
-            return np.frombuffer(lzma.decompress(packed.read_bytes()), "<u2")
+            found = lzma.decompress(packed.read_bytes())
         except lzma.LZMAError as err:
             raise ValueError(f"{packed} is not a whole xz file: {err}") from err
-    raise FileNotFoundError(f"neither {path} nor {packed.name} beside it exists")
+    else:
+        raise FileNotFoundError(f"neither {path} nor {packed.name} beside it exists")
+    if len(found) % 2:
+        raise ValueError(f"{path} holds {len(found)} bytes: expected ids of two bytes each")
+    return np.frombuffer(found, "<u2")
 
 
 def losses(config: GrokConfig, params: dict, tokens: jax.Array, dtype) -> dict[str, jax.Array]:
@@ -383,12 +390,15 @@ def load_state(path: Path, like: dict) -> tuple[int, dict]:
         raise ValueError(f"{path} is damaged ({err}); choose a new --out, or delete it to begin again") from err
     paths, treedef = jax.tree_util.tree_flatten_with_path(like)
     names = [jax.tree_util.keystr(p) for p, _ in paths]
+    shapes = {"step": ((), None)} | {n: (leaf.shape, leaf.dtype) for n, (_, leaf) in zip(names, paths, strict=True)}
     wrong = [
-        n for n, (_, leaf) in zip(names, paths, strict=True) if n not in arrays or arrays[n].shape != jnp.shape(leaf)
+        n
+        for n, (shape, dtype) in shapes.items()
+        if n not in arrays or arrays[n].shape != shape or dtype not in (None, arrays[n].dtype)
     ]
     if wrong:
         raise ValueError(
-            f"{path} belongs to another model: {wrong[0]} is missing or has another shape; choose a new --out"
+            f"{path} belongs to another model: {wrong[0]} is missing, or has another shape or type; choose a new --out"
         )
     return int(arrays["step"]), jax.tree_util.tree_unflatten(treedef, [arrays[n] for n in names])
 
@@ -419,19 +429,22 @@ def train(
     out = Path(out)
     if (out / "checkpoint" / "config.json").exists():
         raise FileExistsError(f"{out}/checkpoint exists: this run is finished; choose a new --out")
+    ckpt0.refuse_contents(out / "checkpoint")
     config, own = (start, None) if isinstance(start, GrokConfig) else (start.config, start.tokenizer)
     devices = _devices(config, recipe, mesh)
-    ids = TokenData(data, "train", config.vocab_size)
-    for split in (ids, TokenData(data, "valid", config.vocab_size)):  # faults show now, not after hours
-        split.refuse_shorter(recipe.sequence_len)
-    if tokenizer is not None:
-        Tokenizer(tokenizer, config.vocab_size)
-    _require_room(out, config)
-    out.mkdir(parents=True, exist_ok=True)
-    begun = _begun(recipe, start, ids)
-    _same_run(out, begun)
     with sharding.on(devices), deferred_interrupt() as interrupted:
+        ids = TokenData(data, "train", config.vocab_size)
+        for split in (ids, TokenData(data, "valid", config.vocab_size)):  # faults show now, not after hours
+            split.refuse_shorter(recipe.sequence_len)
+        if tokenizer is not None:
+            Tokenizer(tokenizer, config.vocab_size)
+        _require_room(out, config)
+        out.mkdir(parents=True, exist_ok=True)
+        begun = _begun(recipe, start, ids)
+        _same_run(out, begun)
         first, state = _first_state(out, recipe, start, devices)
+        if interrupted.is_set():
+            raise KeyboardInterrupt
         log, saved = _Log(out / "log.jsonl", recipe, first, report), _Saved(out / "state.safetensors")
         before = None
         for step in progress(range(first, recipe.steps)):
@@ -507,6 +520,8 @@ def _first_state(
     if (out / "state.safetensors").exists():
         like = jax.eval_shape(lambda: begin(fresh_params(config, recipe.seed)))
         step, state = load_state(out / "state.safetensors", like)
+        if step > recipe.steps:
+            raise ValueError(f"{out} holds the state behind step {step}, and the recipe has {recipe.steps} steps")
         return step, _put(config, mesh, state)
     if isinstance(start, GrokConfig):
         return 0, _put(config, mesh, begin(_put(config, mesh, fresh_params(config, recipe.seed))))
@@ -526,21 +541,23 @@ def _begun(recipe: Recipe, start: ckpt0.Checkpoint | GrokConfig, ids: TokenData)
         "recipe": dataclasses.asdict(recipe),
         "config": dataclasses.asdict(start if scratch else start.config),
         "start": "scratch" if scratch else start.hash(),
-        "data": {domain: [share, len(ids.ids[domain])] for domain, share in ids.weights.items()},
+        "data": {d: [share, len(ids.ids[d]), zlib.crc32(ids.ids[d])] for d, share in ids.weights.items()},
         "dtype": engine.default_numerics(),
     }
 
 
 def _same_run(out: Path, begun: dict) -> None:
-    """Notes what a run began with, or raises ValueError if the run in `out` began with something else."""
+    """Notes what a run began with, or raises ValueError if the state in `out` began with something else."""
     path = out / "recipe.json"
-    if not path.exists():
+    if not path.exists() or not (out / "state.safetensors").exists():
         partial = path.with_name(path.name + ".partial")
         partial.write_text(json.dumps(begun, indent=1))
         partial.replace(path)
     try:
         before = json.loads(path.read_text("utf-8"))
         before["recipe"] = dataclasses.asdict(Recipe(**before["recipe"]))  # an older one has fewer settings
+        for domain, facts in before.get("data", {}).items():  # and no checksum of the ids
+            facts += begun["data"].get(domain, [])[len(facts) :]
     except (ValueError, TypeError, KeyError) as err:
         raise ValueError(f"{path} is damaged ({err}); delete it to go on with {out} all the same") from err
     changed = [name for name in begun if before.get(name) != begun[name]]
@@ -560,9 +577,13 @@ class _Log:
     def __init__(self, path: Path, recipe: Recipe, first: int, report: Callable[[dict], None]):
         self.path, self.recipe, self.report = path, recipe, report
         self.step, self.clock = first, time.perf_counter()  # of the row before
-        rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+        rows = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
         partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= first))
+        try:
+            kept = [row for row in rows if row.endswith("}\n") and json.loads(row)["step"] <= first]
+        except (ValueError, KeyError) as err:
+            raise ValueError(f"{path} is damaged ({err}); move it away to go on, the state is whole") from err
+        partial.write_text("".join(kept))
         partial.replace(path)
 
     def __call__(self, step: int, parts: dict) -> None:

@@ -48,12 +48,13 @@ def target(source, tmp_path):
 
 class Hub(http.server.ThreadingHTTPServer):
     """The parts of the hub that a download meets. Sends `allowance` bytes of files, then nothing; breaks each
-    connection after `length` bytes; knows ranges or not; waits `delay` seconds after each 4 KB."""
+    connection after `length` bytes; knows ranges or not; waits `delay` seconds after each 4 KB; answers the first `busy`
+    requests for files with 503."""
 
     def __init__(self, source: Path):
         super().__init__(("127.0.0.1", 0), _HubHandler)
         self.source, self.allowance, self.length, self.ranges = source, 1 << 40, 1 << 40, True
-        self.sent, self.delay = 0, 0.0
+        self.sent, self.delay, self.busy = 0, 0.0, 0
         self.spoiled: str | None = None
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -104,6 +105,10 @@ class _HubHandler(http.server.BaseHTTPRequestHandler):
         }
 
     def send_file(self, path):
+        with self.server.lock:
+            self.server.busy -= 1
+            if self.server.busy >= 0:
+                return self.send_error(503)
         data = path.read_bytes()
         if path.name == self.server.spoiled:
             data = data[:-1] + bytes([data[-1] ^ 1])
@@ -157,7 +162,7 @@ def run(hub, target, code=0):
 
 
 def test_connections_that_break_are_taken_up_where_they_were(hub, source, target):
-    hub.length = 70_000
+    hub.length, hub.busy = 70_000, 3
     found = run(hub, target)
     assert found.stdout.splitlines()[-2].endswith("26 files, 988 kB: ok")
     assert "tokenizer.model" in found.stdout
@@ -198,6 +203,20 @@ def test_ctrl_c(hub, source, target):
     hub.delay, hub.sent = 0.0, 0
     run(hub, target)
     assert 0 < hub.sent < total(source) - 30_000
+
+
+def test_no_connection_is_tried_again_after_ctrl_c(tmp_path, monkeypatch):
+    tried, stop = [], threading.Event()
+
+    def broken(*_):
+        tried.append(1)
+        stop.set()
+        raise RuntimeError
+
+    monkeypatch.setattr(download, "_append", broken)
+    with pytest.raises(InterruptedError):
+        download._receive("http://there", tmp_path / "c" / "file", 9, lambda count: None, stop)
+    assert len(tried) == 1
 
 
 @pytest.mark.slow
@@ -241,11 +260,15 @@ def test_what_is_there_needs_no_room(target, monkeypatch):
     monkeypatch.setattr(ckpt0.shutil, "disk_usage", lambda path: type("", (), {"free": room - 500_000}))
     with pytest.raises(OSError, match="make room"):
         download._prepare(target)
-    with (target / "hole").open("wb") as file:
+    with (target / "tensor00001_000").open("wb") as file:
         file.truncate(10_000_000)  # as a torrent's client leaves for later
+    (target / "of something else").write_bytes(os.urandom(500_000))
+    os.sync()
     with pytest.raises(OSError, match="make room"):
         download._prepare(target)
-    (target / "part").write_bytes(os.urandom(500_000))
+    (target.parent / "elsewhere").mkdir()
+    (target / "ckpt-0").symlink_to(target.parent / "elsewhere")
+    (target.parent / "elsewhere" / "tensor00000_000.partial").write_bytes(os.urandom(500_000))
     os.sync()
     download._prepare(target)
 

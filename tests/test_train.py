@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import re
+import shutil
 import signal
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import small_config, write_random
+from safetensors.numpy import load_file, save_file
 
 import grokscope as gs
 from grokscope import train
@@ -323,8 +325,9 @@ def test_recipes_that_do_not_fit_are_refused(data, tmp_path):
     for rate in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="expected a number above 0"):
             dataclasses.replace(SHORT, learning_rate=rate)
-    with pytest.raises(ValueError, match="seed=-1"):
-        dataclasses.replace(SHORT, seed=-1)
+    for seed in (-1, 1 << 32):
+        with pytest.raises(ValueError, match=f"seed={seed}: expected a whole number"):
+            dataclasses.replace(SHORT, seed=seed)
     for changes, mesh, why in (
         ({"batch": 12}, "8x1", r"batch=12 on mesh='8x1': .* 1 \* 8"),
         ({"accumulate": 4}, "8x1", r"batch=16 on mesh='8x1': .* 4 \* 8"),
@@ -356,6 +359,7 @@ def test_data_that_does_not_fit(data, tmp_path):
         ('{"weights": {"x": 0}, "bytes_per_token": {"x": 1}}', "expected a weight above 0"),
         ('{"weights": {"x": 1}, "bytes_per_token": {"x": 0}}', "bytes_per_token above 0"),
         ('{"weights": ["x"], "bytes_per_token": {"x": 1}}', r'expected "weights": .*, found \[\'x\'\]'),
+        ('{"weights": {"mixture": 1}, "bytes_per_token": {"mixture": 1}}', "a domain is called mixture"),
         ("[]", 'expected "weights": .*, found None'),
         ("{bad", "is not JSON"),
     ):
@@ -369,6 +373,9 @@ def test_data_that_does_not_fit(data, tmp_path):
         np.arange(length, dtype="<u2").clip(0, 50).tofile(tmp_path / f"{split}.x.u16")
     with pytest.raises(ValueError, match="domain x has 9 tokens to train, a window needs 10; shorten"):
         train.train(tmp_path, tmp_path / "run", dataclasses.replace(SHORT, sequence_len=9), start=FEW)
+    (tmp_path / "train.x.u16").write_bytes(b"123")
+    with pytest.raises(ValueError, match=r"train\.x\.u16 holds 3 bytes: expected ids of two bytes each"):
+        train.TokenData(tmp_path, "train", 64)
     with pytest.raises(ValueError, match="8192 pieces, more than the 64 ids"):
         train.train(data, tmp_path / "run", SHORT, start=FEW, tokenizer=bundled_checkpoint() / "tokenizer.model")
     assert not (tmp_path / "run").exists()
@@ -420,7 +427,52 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     """Its recipe.json lacks the settings that came later; a setting that differs is refused all the same."""
     begun = {"recipe": dataclasses.asdict(RECIPE), "dtype": "float32"}
     older = {**begun, "recipe": {k: v for k, v in begun["recipe"].items() if k != "accumulate"}}
+    older["data"] = {"x": [0.5, 100]}  # no checksum
+    begun["data"] = {"x": [0.5, 100, 1234]}
+    other = {**begun, "recipe": {**begun["recipe"], "accumulate": 2}}
+    (tmp_path / "state.safetensors").touch()
     (tmp_path / "recipe.json").write_text(json.dumps(older))
     train._same_run(tmp_path, begun)
     with pytest.raises(ValueError, match="another recipe"):
-        train._same_run(tmp_path, {**begun, "recipe": {**begun["recipe"], "accumulate": 2}})
+        train._same_run(tmp_path, other)
+    (tmp_path / "state.safetensors").unlink()  # nothing of it is there: any settings do
+    train._same_run(tmp_path, other)
+    assert json.loads((tmp_path / "recipe.json").read_text()) == other
+
+
+def test_ctrl_c_before_the_first_step(data, tmp_path, monkeypatch, listening):
+    """While data are read, where a handler that raises may be in code that drops what is raised."""
+    monkeypatch.setattr(train.TokenData, "refuse_shorter", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train.train(data, tmp_path / "run", SHORT, start=FEW, progress=lambda steps: pytest.fail("it went on"))
+
+
+def test_what_lies_beside_a_run(data, random_few, tmp_path):
+    """Each is told before a step is taken, by name."""
+    start, run = ckpt0.open_checkpoint(random_few), tmp_path / "run"
+
+    def refused(error, words, own=data, recipe=SHORT):
+        with pytest.raises(error, match=words):
+            train.train(own, run, recipe, start=start, progress=lambda steps: pytest.fail("it went on"))
+
+    (run / "checkpoint").mkdir(parents=True)
+    (run / "checkpoint" / "notes.txt").touch()
+    refused(FileExistsError, "checkpoint is not empty")
+    (run / "checkpoint" / "notes.txt").unlink()
+    train.train(data, run, dataclasses.replace(SHORT, steps=1), start=start)
+    shutil.rmtree(run / "checkpoint")
+    other = shutil.copytree(data, tmp_path / "other")
+    ids = np.fromfile(next(other.glob("train.*.u16")), "<u2")
+    ids[::-1].tofile(next(other.glob("train.*.u16")))
+    refused(ValueError, "begun with another data", other, dataclasses.replace(SHORT, steps=1))
+    (run / "recipe.json").unlink()
+    state = load_file(run / "state.safetensors")
+    save_file(state | {"step": np.array(9)}, run / "state.safetensors")
+    refused(ValueError, "holds the state behind step 9, and the recipe has 3 steps")
+    save_file({name: array for name, array in state.items() if name != "step"}, run / "state.safetensors")
+    refused(ValueError, "step is missing")
+    save_file({n: a.astype(np.float16) if a.ndim else a for n, a in state.items()}, run / "state.safetensors")
+    refused(ValueError, "another shape or type")
+    save_file(state, run / "state.safetensors")
+    (run / "log.jsonl").write_text("{bad}\n")
+    refused(ValueError, r"log\.jsonl is damaged .* the state is whole")

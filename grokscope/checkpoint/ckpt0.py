@@ -177,9 +177,8 @@ def write(
     room for it.
     """
     directory = Path(directory)
+    refuse_contents(directory)
     partial = directory / UNFINISHED
-    if directory.exists() and any(path != partial for path in directory.iterdir()):
-        raise FileExistsError(f"{directory} is not empty; choose a new folder, or delete it first")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     require_room(directory, payload_bytes(config))
     new = not directory.exists()
@@ -195,6 +194,12 @@ def write(
         path.rename(directory / path.name)
     partial.rmdir()
     return directory
+
+
+def refuse_contents(directory: Path) -> None:
+    """Raises FileExistsError where there is more than what a `write` that was killed left."""
+    if directory.exists() and any(path.name != UNFINISHED for path in directory.iterdir()):
+        raise FileExistsError(f"{directory} is not empty; choose a new folder, or delete it first")
 
 
 def _write(partial: Path, config: GrokConfig, weight, tokenizer: Path | None, progress: Progress) -> None:

@@ -32,6 +32,7 @@ MAGNET = (
 FILES_AT_ONCE = 8
 ATTEMPTS = 5  # connections in a row that bring nothing
 TIMEOUT = 30  # seconds without a byte
+BUSY = (429, 500, 502, 503, 504)  # answers of a hub that may be asked again
 
 
 def download(directory: Path | str, fetch: Callable[[Path], None], progress: Progress = iter) -> Report:
@@ -55,12 +56,14 @@ def expected_bytes(directory: Path) -> int:
 
 
 def present_bytes(directory: Path) -> int:
-    """What the files in the directory take on disk; holes that a client left for later do not count."""
-    return sum(p.lstat().st_blocks * 512 for p in directory.rglob("*") if p.is_file())
+    """What the tensor files there take on disk, whole or begun; holes that a client left for later do not count."""
+    return sum(p.lstat().st_blocks * 512 for p in directory.rglob("tensor*_000*") if p.is_file())
 
 
 def _prepare(directory: Path) -> None:
-    ckpt0.require_room(directory, expected_bytes(directory), present_bytes(directory))
+    link = directory / "ckpt-0"
+    files = link.resolve() if link.is_symlink() else directory  # perhaps on another disk
+    ckpt0.require_room(files, expected_bytes(directory), present_bytes(files))
     directory.mkdir(parents=True, exist_ok=True)
 
 
@@ -86,7 +89,8 @@ def hub(directory: Path, progress: Callable[[int], Any] = lambda count: None, re
         progress(size)
 
     def fetch(file) -> None:
-        _receive(hf_hub_url(repository, file.path, revision=revision), directory / file.path, file.size, count)
+        url = hf_hub_url(repository, file.path, revision=revision)
+        _receive(url, directory / file.path, file.size, count, stop)
 
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         try:
@@ -116,8 +120,9 @@ def _listing(repository: str) -> tuple[str | None, list]:
     return revision, files
 
 
-def _receive(url: str, path: Path, size: int, count: Callable[[int], None]) -> None:
-    """The file at `url`, of `size` bytes. What is there of it stays, in `path` with .partial, until it is whole."""
+def _receive(url: str, path: Path, size: int, count: Callable[[int], None], stop: threading.Event) -> None:
+    """The file at `url`, of `size` bytes. What is there of it stays, in `path` with .partial, until it is whole; `stop`
+    ends it after the connection under way."""
     if path.exists() and path.stat().st_size == size:
         return
     path.parent.mkdir(exist_ok=True)
@@ -136,7 +141,8 @@ def _receive(url: str, path: Path, size: int, count: Callable[[int], None]) -> N
                     f"{url}: {type(err).__name__}: {err}; {ATTEMPTS} connections brought nothing. "
                     "The same command goes on from here"
                 ) from err
-            threading.Event().wait(2**failures / 4)
+            if stop.wait(2**failures / 4):
+                raise InterruptedError("another file failed") from err
     if have != size:
         partial.unlink()
         raise OSError(f"{url} gave {have} bytes, the hub lists {size}; removed, the same command fetches it again")
@@ -149,6 +155,8 @@ def _append(url: str, partial: Path, have: int, count: Callable[[int], None]) ->
 
     headers = build_hf_headers() | {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
     with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT) as response, partial.open("ab") as file:
+        if response.status_code in BUSY:
+            raise RuntimeError(f"the hub answers {response.status_code}")
         hf_raise_for_status(response)
         if response.status_code != 206:
             file.truncate(0)
