@@ -51,8 +51,8 @@ again there: faster on CPU than writing and reading it, in 0.15 to 0.28 of the m
 
 
 FINE_TUNING = 3e-4
-"""Learning rate from a checkpoint. 200 steps of an earlier grok-1-mini on one of its ten domains gained 0.15 nats a token
-there, and cost 0.13 on all; at 1e-3 0.19 and 0.58, at 3e-3 0.08 and 1.67.
+"""Learning rate from a checkpoint. 200 steps of an earlier grok-1-mini on one of its ten domains gained 0.15 nats a
+token there, and cost 0.13 on all; at 1e-3 0.19 and 0.58, at 3e-3 0.08 and 1.67.
 """
 SAVE_SECONDS = 300  # at most between two states on disk, or twenty times what saving one takes
 
