@@ -77,28 +77,26 @@ def test_looking_at_the_last_token(cluster, grok):
     keep = [gs.capture(tap, phase="prefill") for tap in ("final_norm", "resid_post")]
 
     def looks(model):
-        seen = {}
+        seen, events = {}, []
 
         def look(event):
+            events.append(event)
             for key in ("final_norm", "resid_post"):
                 seen[event.position, key] = event.glimpse(key, True)
                 with pytest.raises(KeyError, match="not captured at generated tokens"):
                     event.glimpse(key, False)
 
         model.generate(PROMPTS[0], 2, on_token=look, capture=keep, stop_at_eos=False)
+        with pytest.raises(KeyError, match="its Trace has it"):
+            events[0].glimpse("final_norm", True)
         return seen
 
     ours, theirs = looks(cluster), looks(grok)
     assert len(ours) == 4
     for key, value in ours.items():
         np.testing.assert_allclose(value, theirs[key], atol=1e-4)
-    assert cluster._client[cluster._engines[0]].apply_sync(_held) == 0
-
-
-def _held() -> int:
-    from grokscope.run import worker
-
-    return len(worker._worker.jobs)
+    held = "len(__import__('grokscope.run.worker', fromlist=['_worker'])._worker.jobs)"
+    assert cluster._client[cluster._engines[0]].apply_sync(eval, held) == 0
 
 
 def test_what_was_asked_wrongly_leaves_it_whole(cluster):

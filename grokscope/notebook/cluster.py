@@ -239,6 +239,7 @@ class RemoteRun:
                         setattr(job, name, value)
                     yield job
         finally:
+            self.over = True
             if not self.cluster._lost:
                 self.cluster._on_all("end", doing="ending")
         if pressed and not self.cut_short:
@@ -258,4 +259,6 @@ class RemoteRun:
         return False
 
     def _glimpse(self, row: int, position: int, key: str, of_prompt: bool) -> np.ndarray:
+        if self.over:
+            raise KeyError(f"{key!r} of prompt {row} at {position} has gone by; its Trace has it")
         return self.cluster._on_all("glimpse", row, position, key, of_prompt, doing="looking")

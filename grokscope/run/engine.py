@@ -112,6 +112,7 @@ class Call:
 
 
 def default_numerics() -> str:
+    """What `load` and `train` compute in where nobody says: "float32" on CPU, "bfloat16" on accelerators."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
