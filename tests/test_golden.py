@@ -35,7 +35,7 @@ def decoded(grok, ids, prompt_length):
     return np.stack(found)
 
 
-@pytest.mark.parametrize("case", ["tiny", "deep", "blocks"])
+@pytest.mark.parametrize("case", ["tiny", "deep", pytest.param("blocks", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("weights", ["expanded", "int8"])
 def test_float32_agrees_with_the_released_code(golden, case, weights):
     expected = np.load(golden(case) / "golden.npz")
@@ -56,7 +56,7 @@ def test_float32_agrees_with_the_released_code(golden, case, weights):
         np.testing.assert_allclose(decoded(grok, rows(expected)[0], 9), expected["decode_logits"], **close)
 
 
-@pytest.mark.parametrize("weights", ["expanded", "int8"])
+@pytest.mark.parametrize("weights", ["expanded", pytest.param("int8", marks=pytest.mark.slow)])
 def test_bfloat16_agrees_within_its_rounding(golden, weights):
     expected = np.load(golden("bf16") / "golden.npz")
     with gs.load(golden("bf16"), numerics="bfloat16", weights=weights) as grok:

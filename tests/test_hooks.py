@@ -1027,6 +1027,7 @@ def test_a_glimpse_is_what_is_kept(small):
             events[0].glimpse("router_logits", of_prompt)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_glimpsed(small):
     """A lens, which is read out later; attention, whose keys grow; what is reduced over positions."""
     keep = [gs.capture("resid_post", reduce="lens", k=3), gs.capture("resid_pre", reduce="mean"), "attn_pattern"]
