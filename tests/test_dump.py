@@ -353,7 +353,7 @@ IN_ONE_LAYER = ["resid_pre", "resid_mid", "q", "attn_z", "attn_out", "moe_out"]
 @pytest.mark.parametrize(
     "prompts",
     [
-        pytest.param([[5] * 600, [*range(5, 605)]], id="long", marks=pytest.mark.slow),
+        pytest.param([[5] * 600, [*range(5, 605)]], id="long"),
         pytest.param([[5] * (40 + i) for i in range(30)], id="short", marks=pytest.mark.slow),
     ],
 )
