@@ -433,11 +433,7 @@ def train(
     config, own = (start, None) if isinstance(start, GrokConfig) else (start.config, start.tokenizer)
     devices = _devices(config, recipe, mesh)
     with sharding.on(devices), deferred_interrupt() as interrupted:
-        ids = TokenData(data, "train", config.vocab_size)
-        for split in (ids, TokenData(data, "valid", config.vocab_size)):  # faults show now, not after hours
-            split.refuse_shorter(recipe.sequence_len)
-        if tokenizer is not None:
-            Tokenizer(tokenizer, config.vocab_size)
+        ids = _training_ids(data, recipe, config, tokenizer)
         _require_room(out, config)
         out.mkdir(parents=True, exist_ok=True)
         begun = _begun(recipe, start, ids)
@@ -461,6 +457,16 @@ def train(
         if interrupted.is_set():
             raise KeyboardInterrupt
     return export(out / "checkpoint", config, state["params"], tokenizer or own)
+
+
+def _training_ids(data: Path | str, recipe: Recipe, config: GrokConfig, tokenizer: Path | None) -> TokenData:
+    """The ids to train on. Faults of the held-out ones and of the tokenizer show now too, not after hours."""
+    ids = TokenData(data, "train", config.vocab_size)
+    for split in (ids, TokenData(data, "valid", config.vocab_size)):
+        split.refuse_shorter(recipe.sequence_len)
+    if tokenizer is not None:
+        Tokenizer(tokenizer, config.vocab_size)
+    return ids
 
 
 class _Saved:

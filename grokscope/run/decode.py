@@ -577,7 +577,8 @@ class Run:
         step = job.first_step + position - len(job.prompt)
         if key in job.captures:
             return self._glimpse_of_done(job, position, kept, key, of_prompt)
-        if not job.chunks if of_prompt else job.glimpse is None or self.step - step > COLUMNS:
+        overwritten = job.glimpse is None or self.step - step > COLUMNS
+        if (not job.chunks) if of_prompt else overwritten:
             raise KeyError(f"{key!r} of prompt {job.row} at {position} has gone by; its Trace has it")
         if of_prompt:
             return np.array(job.chunks[0][key])
@@ -587,6 +588,7 @@ class Run:
         return np.asarray(steps.glimpsed(held, job.slot, step % COLUMNS))
 
     def _glimpse_of_done(self, job: Job, position: int, kept: Kept, key: str, of_prompt: bool) -> np.ndarray:
+        """As `glimpse`, of a job that is done and not yet a Trace."""
         length, (dims, _) = len(job.prompt), kept.outputs()[key]
         there = kept.where.mask(length, len(job.tokens))
         axis = dims.index("T") + (kept.layers is not None)
