@@ -97,7 +97,7 @@ class Recipe:
         warmup = min(self.warmup, hold)
         return optax.join_schedules(
             [
-                optax.linear_schedule(0.0, self.learning_rate, warmup),
+                optax.linear_schedule(self.learning_rate / max(warmup, 1), self.learning_rate, warmup),
                 optax.constant_schedule(self.learning_rate),
                 optax.linear_schedule(self.learning_rate, 0.0, self.steps - hold),
             ],

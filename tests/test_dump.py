@@ -158,6 +158,8 @@ def test_interrupted_and_resumed(small, tmp_path, many_parts):
     assert len(part.missing) == 13
     with pytest.raises(KeyError, match="17 of 30"):
         part[part.missing[0]]
+    with pytest.raises(TypeError, match="by the number of their prompt"):
+        part[:2]
     for changed in ({"max_new_tokens": 8}, {"capture": None}, {"temperature": 0.7}):
         with pytest.raises(ValueError, match="dump of another run"):
             small.dump(PROMPTS, tmp_path / "d", resume=True, **options | changed)
@@ -499,8 +501,11 @@ def test_what_failed_before_it_began_leaves_the_folder_free(small, tmp_path):
     )
 
 
-def test_wide_types_come_back(small, tmp_path):
+def test_other_types_come_back(small, tmp_path):
     trace = small.trace([5, 6], capture="resid_post")
-    for dtype in (np.float64, np.float16):
+    for dtype in (np.float64, np.float16, np.uint8, np.bool_):
         made = dataclasses.replace(trace, taps=trace.taps | {"resid_post": trace["resid_post"].astype(dtype)})
         assert gs.open(made.save(tmp_path / np.dtype(dtype).name)).taps["resid_post"].dtype == dtype
+    made = dataclasses.replace(trace, taps=trace.taps | {"resid_post": trace["resid_post"].astype(np.complex64)})
+    with pytest.raises(TypeError, match="resid_post is of type complex64; a dump holds F64"):
+        made.save(tmp_path / "complex")

@@ -425,6 +425,11 @@ def test_patch(small):
         small.edits(gs.patch(other, "resid_post", positions={1: 9})),
     ):
         small.trace(TOKENS)
+    with (
+        pytest.raises(ValueError, match="names one position twice: 8 and -1 of a prompt of 9 tokens"),
+        small.edits(gs.patch(other, "resid_post", positions={8: 1, -1: 2})),
+    ):
+        small.trace(TOKENS)
 
 
 def test_identities_change_nothing(small):

@@ -38,7 +38,8 @@ FIELDS = tuple(f.name for f in dataclasses.fields(Trace) if f.name not in (*ARRA
 PART_BYTES = 16_000_000
 PART_SECONDS = 60
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
-          "I32": np.int32}  # fmt: skip
+          "I32": np.int32, "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16,
+          "U8": np.uint8, "BOOL": np.bool_}  # fmt: skip
 """Types of arrays, as safetensors spells them."""
 
 
@@ -185,6 +186,9 @@ class Writer:
 def _save_tensors(traces: dict[int, Trace], path: Path) -> None:
     arrays = {f"{p}.{name}": getattr(t, name) for p, t in traces.items() for name in ARRAYS}
     arrays |= {f"{p}.tap.{name}": a for p, t in traces.items() for name, a in t.taps.items()}
+    for name, array in arrays.items():
+        if array.dtype not in DTYPES.values():
+            raise TypeError(f"{name} is of type {array.dtype}; a dump holds {', '.join(DTYPES)}")
     fields = {p: {name: getattr(t, name) for name in FIELDS} for p, t in traces.items()}
     path.touch()  # save_file alone lets nobody else read it
     mode = path.stat().st_mode
@@ -375,6 +379,8 @@ class Dump:
                         raise ValueError(f"{path} was changed since it was written: its sha256 is not the manifest's")
 
     def _part(self, prompt: int) -> dict[str, Any]:
+        if not isinstance(prompt, int | np.integer):
+            raise TypeError(f"a Dump has Traces by the number of their prompt, as dump[7]; got {prompt!r}")
         if prompt not in self._part_of:
             raise KeyError(f"prompt {prompt} is not in {self.directory}: {len(self)} of {self.num_prompts} are")
         return self._part_of[prompt]

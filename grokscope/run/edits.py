@@ -381,9 +381,15 @@ class Source:
             return table
         there = self.trace.prompt_length
         allowed = dataclasses.replace(where, positions=None).mask(prompt_length, length)
-        for target, source in self.positions.items():
-            target = target + prompt_length if target < 0 else target
+        seen: dict[int, int] = {}
+        for given, source in self.positions.items():
+            target = given + prompt_length if given < 0 else given
             source = source + there if source < 0 else source
+            if target in seen:
+                raise ValueError(
+                    f"the patch names one position twice: {seen[target]} and {given} of a prompt of {prompt_length} tokens"
+                )
+            seen[target] = given
             if source not in self.held:
                 raise ValueError(
                     f"the patch reads position {source} of a Trace that holds {_range(self.held)} of {self.tap}"
