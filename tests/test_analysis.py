@@ -373,6 +373,22 @@ def test_compare(made):
         gs.compare(plain, "text")
 
 
+def test_wider_sets_and_banned_tokens_are_compared(made):
+    prompt, keep = planted.repeated(20, 3)[:30], ["router_logits", "logits"]
+    bans = np.zeros(made.config.vocab_size)
+    bans[7] = -np.inf
+    plain = made.trace(prompt, capture=keep)
+    with made.edits(gs.route.top_k(3, layers=2), gs.add("logits", bans)):
+        wider = made.trace(prompt, capture=keep)
+    found = gs.compare(plain, wider)
+    assert [of_layer.all() for of_layer in found.swapped[:3]] == [False, False, True]
+    assert not found.swapped[:2].any(), "layers before the edit choose the same experts"
+    assert np.isinf(found.divergence_nats).all(), "what is likely here is impossible there"
+    back = gs.compare(wider, plain)
+    assert np.isfinite(back.divergence_nats).all()
+    assert (back.divergence_nats >= 0).all()
+
+
 def test_what_heads_read_where_routing_changed(made):
     prompt = planted.repeated(20, 3)[:30]
     keep = ["router_logits", "attn_pattern"]

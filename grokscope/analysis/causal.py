@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from grokscope.analysis import resampling
-from grokscope.analysis.compare import log_softmax
+from grokscope.analysis.compare import kl_nats, log_softmax
 from grokscope.analysis.lens import place, token_id
 from grokscope.analysis.sequences import Labels
 from grokscope.run import edits
@@ -277,7 +277,7 @@ def counterfactuals(
         best = int(after.argmax())
         rows.append(
             {"layer": layer, "expert": expert, "chosen": expert in plain["expert_index", layer][at]}
-            | {"kl": (np.exp(before) * (before - after)).sum(), "token": best, "piece": piece(best)}
+            | {"kl": kl_nats(before, after), "token": best, "piece": piece(best)}
             | {"prob": np.exp(after[best]), "plain_token": usual, "plain_piece": piece(usual)}
             | {"plain_prob": np.exp(before[usual]), "still": np.exp(after[usual])}
         )

@@ -127,23 +127,28 @@ def compare(a: Trace, b: Trace) -> Comparison:
             [_softmax(t["router_logits", n][at]) for n in layers] for t, at in ((a, pairs[:, 0]), (b, pairs[:, 1]))
         ]
         routing = np.abs(np.array(probs[0]) - np.array(probs[1])).sum(-1) / 2
-        sets = [[np.sort(t["expert_index", n][at]) for n in layers] for t, at in ((a, pairs[:, 0]), (b, pairs[:, 1]))]
-        swapped = (
-            np.ones(routing.shape, bool)
-            if np.shape(sets[0]) != np.shape(sets[1])
-            else (np.array(sets[0]) != np.array(sets[1])).any(-1)
-        )
+        width = max(t["expert_index"].shape[-1] for t in (a, b))
+        sets = [
+            [_sets(t["expert_index", n][at], width) for n in layers] for t, at in ((a, pairs[:, 0]), (b, pairs[:, 1]))
+        ]
+        swapped = (np.array(sets[0]) != np.array(sets[1])).any(-1)
     kl = None
     if all(_whole(t, "logits") for t in (a, b)):
         log_a, log_b = (
             log_softmax(t["logits"][at].astype(np.float64)) for t, at in ((a, pairs[:, 0]), (b, pairs[:, 1]))
         )
-        kl = (np.exp(log_a) * (log_a - log_b)).sum(-1).astype(np.float32)
+        kl = kl_nats(log_a, log_b).astype(np.float32)
     return Comparison(a, b, pairs, divergence, layers, routing, swapped, kl)
 
 
 def _whole(trace: Trace, tap: str) -> bool:
     return tap in trace.taps and "T" not in trace.numbers.get(tap, {}) and "E" not in trace.numbers.get(tap, {})
+
+
+def _sets(experts: np.ndarray, width: int) -> np.ndarray:
+    """Of each row the experts in order, behind -1 for nobody, as many as the wider of two runs has."""
+    nobody = np.full((len(experts), width - experts.shape[-1]), -1, experts.dtype)
+    return np.sort(np.concatenate([nobody, experts], axis=-1), axis=-1)
 
 
 def _piece(trace: Trace, position: int) -> str:
@@ -154,6 +159,13 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     """Nats, along the last axis."""
     x = x - x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def kl_nats(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+    """KL(p, q) in nats along the last axis; what p rules out (a banned logit) adds nothing."""
+    possible = log_p > -np.inf
+    apart = np.subtract(log_p, log_q, out=np.zeros(log_p.shape), where=possible)
+    return (np.exp(log_p) * apart).sum(-1)
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:

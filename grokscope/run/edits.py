@@ -387,7 +387,8 @@ class Source:
             source = source + there if source < 0 else source
             if target in seen:
                 raise ValueError(
-                    f"the patch names one position twice: {seen[target]} and {given} of a prompt of {prompt_length} tokens"
+                    f"the patch names one position twice: {seen[target]} and {given} of a prompt of {prompt_length} "
+                    "tokens"
                 )
             seen[target] = given
             if source not in self.held:

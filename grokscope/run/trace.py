@@ -224,7 +224,7 @@ class Trace:
             colors = [look.expert_color(e) for e in experts[:, 0]]
             titles = [
                 f"position {i}, layer {layer}: "
-                + ", ".join(f"expert {e} gate {g:.2f}" for e, g in zip(*own, strict=True))
+                + ", ".join(f"expert {e} gate {g:.2f}" for e, g in zip(*own, strict=True) if e >= 0)
                 for i, own in enumerate(zip(experts, gates, strict=True))
             ]
             where = f"first expert at layer {layer}"
