@@ -189,6 +189,41 @@ def test_plots_of_all_positions_refuse_some(grok):
             draw(trace)
 
 
+def test_plots_of_parts(grok):
+    """Rows are the positions they are of, a line ends the prompt, and parts that do not belong together are refused."""
+    from grokscope import analysis
+
+    late = gs.capture("attn_pattern", positions=slice(8, None), layers=0)
+    trace = grok.generate(np.arange(5, 15), 40, stop_at_eos=False, capture=late)
+    ax = gs.plot.attention(trace, 0, 1)
+    assert [line.get_xdata()[0] for line in ax.lines] == [9.5, 0]
+    assert ax.lines[1].get_ydata()[0] == 1.5
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["8", "14", "20", "26", "32", "38", "44"]
+    apart = [gs.capture("expert_index", layers=[0, 1]), gs.capture("expert_gate", layers=[1, 2])]
+    with pytest.raises(ValueError, match=r"experts of layers \[0, 1\] and gates of \[1, 2\]"):
+        gs.plot.routing(grok.trace([5, 6], capture=apart))
+    gs.plot.routing(grok.trace([5, 6], capture=gs.capture("router_logits", experts=[0, 2])))
+    table = analysis.load(trace)
+    some = gs.plot.expert_load(table[(table.phase == "decode") & table.expert.isin([1, 3])]).images[0].get_array()
+    assert some.shape == (6, 8)
+    np.testing.assert_array_equal(np.isnan(some), ~np.isin(np.arange(8), [1, 3])[None].repeat(6, 0))
+    with pytest.raises(TypeError, match="expected a Trace; got list"):
+        gs.plot.attention([trace], 0, 1)
+
+
+def test_attention_afterwards_is_that_of_the_run(grok):
+    """In bfloat16 scores are rounded."""
+    with gs.load(numerics="bfloat16") as rounded:
+        for model in (grok, rounded):
+            trace = model.trace(
+                "The old keeper of the lighthouse went down to the sea", capture=["attn_pattern", "q", "k"]
+            )
+            np.testing.assert_allclose(trace.attention(), trace["attn_pattern"], atol=1e-4)
+    few = grok.trace([5, 6], capture=[gs.capture("q", heads=[0, 3]), gs.capture("k", heads=0)])
+    with pytest.raises(KeyError, match=r"kv_head 1 of 'k', which these heads read, was not kept; kept are \[0\]"):
+        few.attention()
+
+
 def test_plots_of_analyses(grok):
     """Every view draws from Traces and from its table, on axes it is given, and says how much is behind it."""
     import matplotlib.pyplot as plt

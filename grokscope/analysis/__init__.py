@@ -5,9 +5,9 @@
     analysis.specialisation(dump, "class")    # does routing depend on the kind of token, at which layer
     analysis.lift(dump, "class")              # what does expert 5 of layer 3 take
 
-Everything takes a Trace, a list of Traces or a Dump, which is read prompt by prompt. `phase` is "each" (prefill and
-decode apart), "all" (joined), "prefill" or "decode"; it is a column of every table. Bootstraps resample prompts; all
-draws follow from a seed.
+What reads runs takes a Trace, a list of Traces or a Dump, which is read prompt by prompt. `phase` is "each" (prefill
+and decode apart), "all" (joined), "prefill" or "decode", and a column of the table. Bootstraps resample prompts, of
+which they need five; all draws follow from a seed.
 """
 
 import importlib

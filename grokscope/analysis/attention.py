@@ -13,7 +13,7 @@ import pandas as pd
 from grokscope.analysis import resampling
 from grokscope.analysis.compare import Comparison
 from grokscope.analysis.resampling import ratio
-from grokscope.analysis.sequences import Labels, Source, having, phases, sequences
+from grokscope.analysis.sequences import Labels, Source, having, number_of_traces, phases, sequences
 from grokscope.run.trace import Trace
 
 ATTENTION = ("attn_pattern", "q")
@@ -37,9 +37,11 @@ def heads(source: Source, *, phase: str = "all", seed: int = 0) -> pd.DataFrame:
     `shown` gives the positions behind one.
     """
     sums: dict[tuple, list] = {}
+    kept: dict[int, list[int]] = {}
     for _, trace in having(source, *ATTENTION):
         wanted = targets(trace.tokens)
         for layer, numbers, positions, pattern in patterns(trace):
+            _refuse_others(kept, layer, numbers)
             found = _scores(pattern, positions, wanted)
             for name, of in phases(phase):
                 rows = of(trace.phase)[positions]
@@ -71,7 +73,8 @@ def shown(source: Source, layer: int, head: int, measure: str, *, top: int = 10)
     """The positions where a head shows a measure most: the rows with most mass on what "first", "previous",
     "duplicate" or "induction" is about.
 
-    Columns: prompt, position, piece, key_position, key_piece (the strongest key it is about), score (mass on all).
+    Columns: prompt (its number in its call), position, piece, key_position, key_piece (the strongest key it is about),
+    score (mass on all).
     """
     if measure not in ("first", "previous", "duplicate", "induction"):
         raise ValueError(f'measure={measure!r}: expected "first", "previous", "duplicate" or "induction"')
@@ -99,13 +102,15 @@ def by_class(source: Source, by: Any = "class", *, phase: str = "all", seed: int
     Columns: phase, layer, head, query, key (classes), mass (mean share of a row of the query's class), low, high,
     uniform (of uniform attention), rows (queries), prompts.
     """
-    labels = Labels(by, 1 if isinstance(source, Trace) else len(source))
+    labels = Labels(by, number_of_traces(source))
     names = sorted({v for i, t in enumerate(sequences(source)) for v in np.unique(labels.of(i, t).astype(str))})
     found: dict[tuple, list] = {}
+    kept: dict[int, list[int]] = {}
     for index, trace in having(source, *ATTENTION):
         own = (labels.of(index, trace).astype(str)[:, None] == np.array(names)).astype(np.float32)  # [T, Y]
         seen = np.cumsum(own, 0) / np.arange(1, len(trace) + 1)[:, None]  # uniform attention over the keys so far
         for layer, numbers, positions, pattern in patterns(trace):
+            _refuse_others(kept, layer, numbers)
             mass = pattern @ own  # [H, T, Y]
             for name, of in phases(phase):
                 rows = of(trace.phase)[positions]
@@ -144,6 +149,10 @@ def read_at_swaps(comparison: Comparison, *, layers: Sequence[int] | None = None
     Needs routing and attention of both; strongest moves first.
     """
     a, b = comparison.a, comparison.b
+    if not comparison.layers:
+        raise ValueError("there is no layer whose routing both runs have, whole: capture router_logits")
+    if missing := set(layers or ()) - set(comparison.layers):
+        raise ValueError(f"layer {min(missing)}: both runs have routing of layers {comparison.layers}")
     there = dict(comparison.pairs.tolist())
     rows = []
     for number in comparison.layers if layers is None else layers:
@@ -183,6 +192,8 @@ def read_at_swaps(comparison: Comparison, *, layers: Sequence[int] | None = None
 
 def patterns(trace: Trace, layer: int | None = None) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
     """(layer, head numbers, positions, pattern [H, T, S]) layer by layer."""
+    if not isinstance(trace, Trace):
+        raise TypeError(f"expected a Trace; got {type(trace).__name__}")
     tap = "attn_pattern" if "attn_pattern" in trace.taps or "q" not in trace.taps else "q"
     if tap not in trace.taps or (tap == "q" and "k" not in trace.taps):
         raise KeyError('attention was not captured; use capture="attn_pattern", or grokscope.capture(..., later=True)')
@@ -190,6 +201,13 @@ def patterns(trace: Trace, layer: int | None = None) -> Iterator[tuple[int, np.n
     for number in held["layer"] if layer is None else [layer]:
         pattern = trace["attn_pattern", number] if tap == "attn_pattern" else trace.attention(layers=int(number))[0]
         yield int(number), held["head"], held["position"], pattern
+
+
+def _refuse_others(kept: dict[int, list[int]], layer: int, numbers: np.ndarray) -> None:
+    """Raises ValueError unless the heads of a layer are those of the Traces before."""
+    before = kept.setdefault(layer, numbers.tolist())
+    if before != numbers.tolist():
+        raise ValueError(f"a Trace has heads {numbers.tolist()} of layer {layer}, those before it {before}")
 
 
 def targets(tokens: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,8 +1,9 @@
 """Many edits in one batch: what depends on which part of the model.
 
 A variant is a list of edits. Variants x prompts run as the prompts of one call, each with its own edits, so that
-nothing is compiled after the first. Effects are in nats. All take `directory=`: a folder of dumps in which a sweep that
-was interrupted or killed goes on when it is called again.
+nothing is compiled after the first. Effects are in nats. All but `path_patching` take `directory=`: a folder of dumps
+in which a sweep that was interrupted or killed goes on when it is called again. Edits of a `with grok.edits(...)`
+around them apply to every run.
 """
 
 import dataclasses
@@ -39,8 +40,9 @@ def sweep(
     `keep`: captures. `progress(done, total)` counts variants. On Ctrl-C those that are finished come back, unless there
     is a `directory`: then KeyboardInterrupt is raised, and the same call goes on.
     """
-    if isinstance(prompts, str) or not len(prompts):
-        raise TypeError("a sweep takes a list of prompts")
+    _refuse_one(prompts)
+    if any(edit.where.prompts is not None for edit in grok.current_edits):
+        raise ValueError("an edit around a sweep, which runs prompts of its own, names prompts; leave prompts= away")
     done: list[list[Trace]] = []
     for first in range(0, len(variants), VARIANTS):
         chunk = variants[first : first + VARIANTS]
@@ -49,8 +51,7 @@ def sweep(
         with grok.edits(*changes):
             if directory is None:
                 found = grok.trace([*prompts] * len(chunk), capture=keep)
-                if not isinstance(found, list):
-                    raise TypeError(f"a sweep takes a list of prompts; got one, {prompts!r:.60}")
+                assert isinstance(found, list)
                 traces = [trace for i, trace in enumerate(found) if trace.meta["prompt"] == i]  # up to the first gap
             else:
                 traces = [
@@ -62,6 +63,12 @@ def sweep(
         if whole < len(chunk):
             break
     return done
+
+
+def _refuse_one(prompts: Sequence[Prompt]) -> None:
+    listed = isinstance(prompts, Sequence | np.ndarray) and not isinstance(prompts, str)
+    if not listed or not len(prompts) or isinstance(prompts[0], int | np.integer):
+        raise TypeError(f"expected a list of prompts; got {prompts!r:.60}")
 
 
 def _only(change: Edit, prompts: range) -> Edit:
@@ -205,6 +212,8 @@ def path_patching(
     if through not in ("q", "k", "v"):
         raise ValueError(f'through={through!r}: expected "q", "k" or "v"')
     sizes = {"layer": grok.config.num_layers, "head": grok.config.num_q_heads}
+    if not isinstance(sender, Sequence) or len(sender) != 2:
+        raise TypeError(f"sender={sender!r}: expected (layer, head)")
     (layer,), (head,) = (chosen(n, (own,), sizes[n], "this model") for n, own in zip(sizes, sender, strict=True))
     deltas = ["attn_delta", "moe_delta"]
     ((good, bad),) = sweep(grok, [clean, corrupted], [[]], keep=["logits", "attn_z", *deltas])

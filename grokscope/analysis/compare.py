@@ -20,7 +20,7 @@ class Comparison:
     Attributes:
       pairs: int [N, 2] of positions in a and b that hold the same token of a common stretch, in order.
       divergence: length of their common beginning, or None if a and b have the same tokens.
-      layers: layer numbers of `routing`, those that both kept; none without routing.
+      layers: layer numbers of `routing`, those that both kept; none without routing, or of other numbers of experts.
       routing: float32 [L, N], distance of the router's probabilities at a pair: half the sum of the absolute
         differences, 0 alike, 1 nothing in common.
       swapped: bool [L, N], whether the set of chosen experts differs.
@@ -120,8 +120,10 @@ def compare(a: Trace, b: Trace) -> Comparison:
     divergence = int(differing[0]) if len(differing) else None if len(a) == len(b) else shorter
 
     layers, routing, swapped = [], np.empty((0, len(pairs)), np.float32), np.empty((0, len(pairs)), bool)
-    if all(_whole(t, name) for t in (a, b) for name in ROUTING):
-        layers = [n for n in a.layers["router_logits"] if n in b.layers["router_logits"]]
+    alike = a.meta["config"]["num_experts"] == b.meta["config"]["num_experts"]
+    if alike and all(_whole(t, name) for t in (a, b) for name in ROUTING):
+        kept = [set(t.layers[tap]) for t in (a, b) for tap in ("router_logits", "expert_index")]
+        layers = sorted(set.intersection(*kept))
     if layers:
         probs = [
             [_softmax(t["router_logits", n][at]) for n in layers] for t, at in ((a, pairs[:, 0]), (b, pairs[:, 1]))

@@ -23,8 +23,9 @@ ATTRIBUTION = (
 def lens(source: Source, tap: str = "resid_post") -> pd.DataFrame:
     """What the stream would predict if the model ended there, at every captured layer and position.
 
-    Columns: prompt, layer (of taps that have one), position, piece, phase, best (0 is the likeliest), token and word
-    (its guess), logprob (nats), rank (of the token that followed; 0 is best, -1 where none did).
+    Columns: prompt (its number in its call), layer (of taps that have one), position, piece, phase, best (0 is the
+    likeliest), token and word (its guess), logprob (nats), rank (of the token that followed; 0 is best, -1 where none
+    did).
     """
     frames = []
     for _, trace in having(source, f"{tap}.lens"):
@@ -63,6 +64,8 @@ def attribution(
     ATTRIBUTION at all layers. Raises KeyError if one is missing, ValueError if a selector cut one, and at the last
     position without a target.
     """
+    if not isinstance(trace, Trace):
+        raise TypeError(f"attribution takes one Trace; got {type(trace).__name__}")
     _refuse_parts(trace)
     config = grok.config
     at = place(trace, position)

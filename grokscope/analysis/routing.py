@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import random_table
+from scipy.stats import hypergeom, norm, random_table
 
 from grokscope.analysis import resampling
 from grokscope.analysis.resampling import ratio
-from grokscope.analysis.sequences import Labels, Source, having, phases, sequences
+from grokscope.analysis.sequences import Labels, Source, having, number_of_traces, phases, sequences
 from grokscope.run.trace import Trace
 
 RARE = "(rare)"
@@ -31,8 +31,9 @@ def load(source: Source, *, phase: str = "each", seed: int = 0) -> pd.DataFrame:
     frames = []
     for name, tokens, counts in chosen.by_prompt(phase):
         of_expert = counts @ chosen.member  # [P, L, E]
-        low, high = resampling.interval(_shares, of_expert, seed=seed)
         total = of_expert.sum(0)
+        low, high = resampling.interval(_shares, of_expert, seed=seed)
+        high = resampling.never_seen(high, total, total.sum(-1, keepdims=True))
         frames.append(
             _frame(
                 ("layer", "expert"),
@@ -113,6 +114,7 @@ def coactivation(source: Source, *, phase: str = "each", seed: int = 0) -> pd.Da
         taken = np.count_nonzero(counts @ (chosen.member * (size > 1)[:, None]), axis=0)  # [L, E]: by how many prompts
         units = np.minimum(taken[:, first], taken[:, other])
         low, high = resampling.interval(lifts, counts, units=units, seed=seed)
+        high = resampling.never_seen(high, total @ pairs, expected(total))
         frame = _frame(
             ("layer", "pair"), (chosen.layers, range(len(first))), phase=name, count=(total @ pairs).astype(int),
             expected=expected(total), lift=lifts(total), low=low, high=high, tokens=tokens.sum(),
@@ -154,6 +156,7 @@ def transitions(source: Source, *, phase: str = "each", seed: int = 0) -> pd.Dat
         taken = np.count_nonzero(singles, axis=0)  # [L, E]: by how many prompts
         units = np.minimum(taken[:-1, :, None], taken[1:, None])
         low, high = resampling.interval(lifts, pairs, singles, tokens, units=units, seed=seed)
+        high = resampling.never_seen(high, total, expected(single, n))
         frame = _frame(
             ("layer", "expert", "next"), (chosen.layers[:-1], range(e), range(e)), phase=name,
             count=total.astype(int), expected=expected(single, n), lift=lifts(total, single, n), low=low, high=high,
@@ -177,12 +180,13 @@ def specialisation(
 
     Columns: phase, layer, information (between label and expert, bits), null (its mean if labels were shuffled),
     null_high (its 95th percentile), excess (information - null), share (excess / entropy of the experts), p, p_adjusted
-    (for all layers of the table), labels, tokens, prompts. What is shuffled is what has a label: prompts where labels
+    (for all layers of the phase), labels, tokens, prompts. What is shuffled is what has a label: prompts where labels
     are of prompts, else tokens, by drawing tables with the same margins. Tokens of a text are alike, so that labels of
     tokens which change slowly (a chapter, a speaker) look more special than they are: give those by prompt.
     """
-    labels = Labels(by, 1 if isinstance(source, Trace) else len(source))
-    chosen = _Chosen(source, labels, min_count)
+    labels = Labels(by, number_of_traces(source))
+    chosen = _Chosen(source, labels, min_count, phase)
+    _refuse_no_draws(draws)
     member, rng, frames = chosen.member, np.random.default_rng(seed), []
     for name, tokens, tables, of_prompt, counts in chosen.by_label(labels, phase):
         found = _information(tables @ member)
@@ -208,7 +212,7 @@ def specialisation(
                 share=ratio(excess, most),
                 p=p,
                 p_adjusted=adjusted,
-                labels=tables.shape[1],
+                labels=np.count_nonzero(tables[0].any(-1)),
                 tokens=tokens.sum(),
                 prompts=len(tokens),
             )
@@ -225,8 +229,9 @@ def lift(
     (count / expected), count (choices of the expert by tokens of the label), expected, z (distance of count from
     expected in standard deviations of the null), label_count (tokens of the label), tokens, prompts.
     """
-    labels = Labels(by, 1 if isinstance(source, Trace) else len(source))
-    chosen = _Chosen(source, labels, min_count)
+    labels = Labels(by, number_of_traces(source))
+    chosen = _Chosen(source, labels, min_count, phase)
+    _refuse_no_draws(draws)
     rng, frames = np.random.default_rng(seed), []
     for name, tokens, tables, of_prompt, counts in chosen.by_label(labels, phase):
         found, n = tables @ chosen.member, tables.sum((1, 2))[0]  # [L, R, E]
@@ -245,7 +250,7 @@ def lift(
             tokens=n, prompts=len(tokens),
         )  # fmt: skip
         frame["label"] = chosen.labels[frame["label"]]
-        frames.append(frame)
+        frames.append(frame[frame.label_count > 0])
     order = ["phase", "layer", "expert", "label"]
     frame = pd.concat(frames, ignore_index=True)
     return frame[[*order, *(c for c in frame if c not in order)]].sort_values(
@@ -254,12 +259,16 @@ def lift(
 
 
 def vocabulary(source: Source, *, top: int = 10, phase: str = "all", min_count: int | None = None) -> pd.DataFrame:
-    """For each expert the tokens it takes most beyond chance: the `top` highest lifts with z above 3.
+    """For each expert the tokens it takes most beyond chance: the `top` highest lifts with z above 3, of those that
+    chance gives as often once in 740 times at most (one token of a rare expert may have such a z).
 
     Columns as in `lift`, the label being the piece. Empty for experts without such a token.
     """
     frame = lift(source, "token", phase=phase, min_count=min_count)
-    frame = frame[(frame.z > 3) & (frame.label != RARE)].sort_values("lift", ascending=False, kind="stable")
+    frame = frame[(frame.z > 3) & (frame.label != RARE)]
+    taken = np.rint(frame.expected * frame.tokens / frame.label_count)  # by the expert, of all tokens
+    by_chance = hypergeom.sf(frame["count"] - 1, frame.tokens, taken, frame.label_count)
+    frame = frame.loc[by_chance < norm.sf(3)].sort_values("lift", ascending=False, kind="stable")
     best = frame.groupby(["phase", "layer", "expert"], sort=False).head(top)
     return best.sort_values(["phase", "layer", "expert"], kind="stable", ignore_index=True)
 
@@ -273,12 +282,17 @@ class _Chosen:
       labels: the values of the labels, object [R].
     """
 
-    def __init__(self, source: Source, labels: Labels | None = None, min_count: int | None = None):
+    def __init__(self, source: Source, labels: Labels | None = None, min_count: int | None = None, phase: str = "all"):
+        """`phase`: of the tokens that labels are counted of."""
         self._source, self._labels = source, labels
         masks, seen = np.empty(0, np.int64), {}
         self.layers: list[int] = []
+        self.num_experts = 0
         for index, trace in having(source, "expert_index"):
-            experts, self.num_experts = trace["expert_index"], trace.meta["config"]["num_experts"]
+            experts, before = trace["expert_index"], self.num_experts
+            self.num_experts = trace.meta["config"]["num_experts"]
+            if before not in (0, self.num_experts):
+                raise ValueError(f"a Trace is of a model of {self.num_experts} experts, those before it of {before}")
             if self.num_experts > 64:
                 raise ValueError(
                     f"num_experts={self.num_experts}: sets of up to 64 experts are counted, a bit for each"
@@ -287,6 +301,7 @@ class _Chosen:
             masks = np.union1d(masks, np.unique(_masks(experts)))
             if labels is not None:
                 at = trace.coords("expert_index")["position"]
+                at = at[np.any([of(trace.phase)[at] for _, of in phases(phase)], axis=0)]
                 for value, count in zip(*np.unique(labels.of(index, trace)[at].astype(str), return_counts=True)):
                     seen[value] = seen.get(value, 0) + count
         self._codes = masks
@@ -351,6 +366,11 @@ class _Chosen:
         for name, (tokens, waiting, tables, of_prompt, counts) in groups.items():
             _drain(waiting, tables)
             yield name, np.array(tokens), tables.reshape(shape), np.array(of_prompt), np.array(counts, np.float64)
+
+
+def _refuse_no_draws(draws: int) -> None:
+    if draws < 1:
+        raise ValueError(f"draws={draws!r}: a null takes at least one")
 
 
 def _layers(trace: Trace, tap: str, before: list[int]) -> list[int]:

@@ -18,14 +18,21 @@ def sequences(source: Source) -> Iterator[Trace]:
     """The Traces, one at a time. Raises TypeError for anything else, ValueError if there is none."""
     if isinstance(source, Trace):
         source = [source]
+    for trace in source if number_of_traces(source) else ():
+        if not isinstance(trace, Trace):
+            raise TypeError(f"expected Traces; got {type(trace).__name__}")
+        yield trace
+
+
+def number_of_traces(source: Source) -> int:
+    """How many Traces there are. Raises as `sequences` does."""
+    if isinstance(source, Trace):
+        return 1
     if not isinstance(source, Dump | Sequence):
         raise TypeError(f"expected a Trace, a list of Traces or a Dump; got {type(source).__name__}")
     if not len(source):
         raise ValueError("there is no Trace to analyse")
-    for trace in source:
-        if not isinstance(trace, Trace):
-            raise TypeError(f"expected Traces; got {type(trace).__name__}")
-        yield trace
+    return len(source)
 
 
 def having(source: Source, *taps: str) -> Iterator[tuple[int, Trace]]:
@@ -81,7 +88,8 @@ class Labels:
     def __init__(self, by: Any, count: int):
         """by: "class", "token" (the piece), "position" (in powers of two), an array over the vocabulary, a list with
         a label or an array [T] for each of the `count` Traces, or a function of a Trace that gives either."""
-        self.by = by
+        self.by = by = by.to_numpy() if hasattr(by, "to_numpy") else by  # of pandas: by place, not by its index
+        self.count = count
         self._of = self._function(by, count)
         self.by_prompt: bool | None = None
 
@@ -99,6 +107,8 @@ class Labels:
             return named[by]
         if callable(by):
             return lambda _, trace: by(trace)
+        if not hasattr(by, "__len__"):
+            raise TypeError(f"labels {by!r:.60}: expected a name, an array, a list or a function")
         if isinstance(by, np.ndarray) and by.ndim == 1 and len(by) != count:
             return lambda _, trace: self._over_vocabulary(trace)
         if len(by) != count:
@@ -111,11 +121,19 @@ class Labels:
     def _over_vocabulary(self, trace: Trace) -> np.ndarray:
         size = trace.meta["config"]["vocab_size"]
         if len(self.by) != size:
-            raise ValueError(f"an array of {len(self.by)} labels; the vocabulary has {size} tokens")
+            raise ValueError(
+                f"an array of {len(self.by)} labels; the vocabulary has {size} tokens. Labels of the tokens of a text "
+                "go into a list, one array for each Trace"
+            )
         return self.by[trace.tokens]
 
     def of(self, index: int, trace: Trace) -> np.ndarray:
         """[T] labels of a Trace, the index-th of all."""
+        if isinstance(self.by, np.ndarray) and self.by.shape == (trace.meta["config"]["vocab_size"],) == (self.count,):
+            raise ValueError(
+                f"an array of {self.count} labels, for as many Traces and tokens of the vocabulary: give a list of one "
+                "for each Trace, or the function lambda trace: labels[trace.tokens]"
+            )
         found = self._of(index, trace)
         scalar = isinstance(found, str) or np.ndim(found) == 0
         if self.by_prompt is None:

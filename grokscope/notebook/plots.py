@@ -65,17 +65,21 @@ def _styled(ax: "Axes | None", width: float, height: float) -> "Iterator[Axes]":
         yield ax if ax is not None else figure.add_subplot()
 
 
-def _at_all_positions(trace: Trace) -> None:
-    if any("T" in trace.numbers.get(tap, {}) for tap in ("expert_index", "expert_gate")):
+def _refuse_parts(trace: Trace) -> None:
+    """Raises ValueError unless experts and gates are of the same layers, at all positions."""
+    index, gate = ({"L": [], **trace.numbers.get(tap, {})} for tap in ("expert_index", "expert_gate"))
+    if "T" in index or "T" in gate:
         raise ValueError("nothing to draw: the Trace has routing of some positions; this plot is of all")
+    if index["L"] != gate["L"]:
+        raise ValueError(f"the Trace has experts of layers {index['L']} and gates of {gate['L']}; capture the same")
 
 
 def routing(trace: Trace, ax: "Axes | None" = None) -> "Axes":
     """Layer by position: colour is the first expert, strength its gate. The dashed line ends the prompt."""
-    _at_all_positions(trace)
+    _refuse_parts(trace)
     experts, gates = trace["expert_index"][..., 0], trace["expert_gate"][..., 0]
     num_layers, length = experts.shape
-    num_experts = trace["router_logits"].shape[-1]
+    num_experts = trace.meta["config"]["num_experts"]
     with _styled(ax, 7.2, float(np.clip(1.2 + 0.15 * num_layers, 2.4, 5.2))) as ax:
         palette = np.array([to_rgb(look.expert_color(e)) for e in range(num_experts)])
         weight = look.gate_weight(gates)[..., None]
@@ -109,19 +113,20 @@ def expert_load(source: "Source | pd.DataFrame", ax: "Axes | None" = None) -> "A
     """
     frame = source if isinstance(source, pd.DataFrame) else routing_analysis.load(source)
     layers = sorted(set(frame.layer))
-    num_layers, num_experts = len(layers), int(frame.expert.max()) + 1
+    num_layers, num_experts = len(layers), round(1 / frame.uniform.iloc[0])
     phases = list(frame.groupby("phase", sort=False))
     with _styled(ax, 1.6 + 2.8 * len(phases), float(np.clip(1.2 + 0.2 * num_layers, 2.4, 8))) as ax:
         ticks = []
         for i, (phase, own) in enumerate(phases):
-            share = own.share.to_numpy().reshape(num_layers, num_experts)
+            share = own.pivot(index="layer", columns="expert", values="share")
+            share = share.reindex(index=layers, columns=range(num_experts)).to_numpy()
             left = i * (num_experts + 1)
             image = ax.imshow(
                 share, cmap=DIVERGING, vmin=0, vmax=2 / num_experts,
                 extent=(left - 0.5, left + num_experts - 0.5, num_layers - 0.5, -0.5),
             )  # fmt: skip
             if num_layers <= 16:
-                for layer, expert in np.ndindex(share.shape):
+                for layer, expert in np.argwhere(~np.isnan(share)):
                     value = share[layer, expert]
                     color = look.ink_on(to_hex(DIVERGING(value * num_experts / 2)))
                     ax.text(
@@ -205,18 +210,21 @@ def attention(trace: Trace, layer: int, head: int | None = None, ax: "Axes | Non
     ((_, numbers, positions, pattern),) = attention_analysis.patterns(trace, layer)
     if head is not None and head not in numbers:
         raise KeyError(f"head {head} of layer {layer} was not kept; kept are {[*map(int, numbers)]}")
-    boundary = (np.asarray(positions) < trace.prompt_length).sum() - 0.5
+    ends = (trace.prompt_length, (np.asarray(positions) < trace.prompt_length).sum())  # of the prompt: keys, rows
     with _styled(ax, *((3.5, 3.5) if head is not None else (7.2, 1.1 + 1.05 * -(-len(numbers) // 8)))) as ax:
         if head is not None:
             image = np.sqrt(pattern[list(numbers).index(head)])
             ax.imshow(_masked(image, positions), cmap=SEQUENTIAL, vmin=0, vmax=1)
             if trace.prompt_length < len(trace):
-                for line in (ax.axvline, ax.axhline):
-                    line(boundary, color=look.EDGE, linestyle=(0, (2, 1.5)), linewidth=0.8)
+                for line, end in zip((ax.axvline, ax.axhline), ends, strict=True):
+                    line(end - 0.5, color=look.EDGE, linestyle=(0, (2, 1.5)), linewidth=0.8)
             if len(trace) <= 40:
                 labels = [look.piece_label(p) for p in trace.pieces]
                 ax.set_xticks(range(len(trace)), labels, rotation=90, fontsize=6, parse_math=False)
                 ax.set_yticks(range(len(positions)), [labels[i] for i in positions], fontsize=6, parse_math=False)
+            else:
+                rows = range(0, len(positions), -(-len(positions) // 8))
+                ax.set_yticks(rows, [str(positions[row]) for row in rows])
             ax.set_title(f"Head {layer}.{head}: row reads column (square root)")
             return ax
         ax.set_axis_off()
@@ -235,7 +243,7 @@ def attention(trace: Trace, layer: int, head: int | None = None, ax: "Axes | Non
 
 def token_strip(trace: Trace, layer: int = 0, ax: "Axes | None" = None) -> "Axes":
     """The text, each token on the colour of its first expert at a layer, strength = gate; underlined: generated."""
-    _at_all_positions(trace)
+    _refuse_parts(trace)
     experts, gates = trace["expert_index", layer][..., 0], trace["expert_gate", layer][..., 0]
     per_line, lines = 88, [[]]
     for i, piece in enumerate(trace.pieces):

@@ -419,6 +419,11 @@ class Grok:
         edits.changes(changes, self.config)
         return _Edited(self, changes)
 
+    @property
+    def current_edits(self) -> list["edits.Edit"]:
+        """Those that a call would run with now: of the `with grok.edits(...)` around it, outer ones first."""
+        return [edit for grok, edit in _EDITS.get() if grok is self]
+
     def loss(self, x: Prompts) -> Loss:
         """Mean loss of a text, of ids, or over a list of either. The first token of each is given, not predicted."""
         traces = self.trace(x, capture=())
@@ -555,7 +560,7 @@ class Grok:
     ) -> tuple[list["edits.Edit"], tuple["edits.Change", ...], Hooks]:
         """The edits of this moment, what they change, and the hooks of prompts of these lengths."""
         kept = captures.resolve(capture, self.config)
-        made = [edit for grok, edit in _EDITS.get() if grok is self]
+        made = self.current_edits
         changes = edits.changes(made, self.config)
         sequences = [Length(length, limit) for length in lengths]
         edits.refuse_impossible_routes(changes, self.config, sequences)

@@ -140,12 +140,16 @@ class Trace:
         share = config["num_q_heads"] // config["num_kv_heads"]
         rows = np.searchsorted(held["position"], chosen["position"])
         columns = [held["head"].tolist().index(h) for h in chosen["head"]]
-        groups = [self.coords("k")["kv_head"].tolist().index(h // share) for h in chosen["head"]]
+        kept = self.coords("k")["kv_head"].tolist()
+        if missing := {h // share for h in chosen["head"]} - {*kept}:
+            raise KeyError(f"kv_head {min(missing)} of 'k', which these heads read, was not kept; kept are {kept}")
+        groups = [kept.index(h // share) for h in chosen["head"]]
         hidden = np.arange(len(self)) > chosen["position"][:, None]
         found = np.empty((len(chosen["layer"]), len(columns), len(rows), len(self)), np.float32)
         for i, layer in enumerate(chosen["layer"]):
             q, k = self["q", layer][rows][:, columns], self["k", layer][:, groups]
-            scores = np.einsum("thc,shc->hts", q, k) * (config["attn_output_multiplier"] / 30)
+            scores = np.einsum("thc,shc->hts", q, k).astype(self.taps["q"].dtype).astype(np.float32)  # as in the run
+            scores = scores * (config["attn_output_multiplier"] / 30)
             scores = np.where(hidden, -np.inf, 30 * np.tanh(scores))
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             found[i] = weights / weights.sum(-1, keepdims=True)
