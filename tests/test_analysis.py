@@ -437,6 +437,14 @@ def test_compare(made):
         gs.compare(plain, "text")
 
 
+def test_a_common_beginning_is_aligned(made):
+    """Though a later stretch matches at greater length elsewhere."""
+    a, b = made.trace([1, 5, 6, 7, 5, 6, 7, 8, 9, 30, 31]), made.trace([1, 5, 6, 7, 8, 9, 30, 31, 20, 21, 22])
+    found = gs.compare(a, b)
+    assert found.divergence == 4
+    assert found.pairs.tolist() == [[0, 0], [1, 1], [2, 2], [3, 3], [7, 4], [8, 5], [9, 6], [10, 7]]
+
+
 def test_wider_sets_and_banned_tokens_are_compared(made):
     prompt, keep = planted.repeated(20, 3)[:30], ["router_logits", "logits"]
     bans = np.zeros(made.config.vocab_size)

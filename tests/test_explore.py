@@ -227,8 +227,52 @@ def test_export(app, tmp_path):
     assert app.sent[-1][0]["kind"] == "exported"
     dump = gs.open(tmp_path / "d")
     assert dump[0].taps["resid_post"].nbytes == price["resid_post"]
-    assert (dump[0].tokens == app.trace.tokens).all()
+    assert dump[0].to_pandas("tokens").equals(app.trace.to_pandas("tokens")), "prompt and generated tokens too"
+    assert (dump[0].text, dump[0].continuation) == (app.trace.text, app.trace.continuation)
+    assert dump[0].meta == app.trace.meta
     np.testing.assert_allclose(dump[0]["router_logits"], app.trace["router_logits"], atol=1e-3)
+    app._receive(app, {"kind": "export", "run": 1, "taps": ["resid_post"], "directory": str(tmp_path / "d")}, [])
+    app._worker.join(60)
+    assert "not an empty folder" in app.sent[-1][0]["text"]
+
+
+def test_what_cannot_be_known_is_not_shown(grok, monkeypatch):
+    """No log-probability of the first token, no lens of some positions, no attention whose scores were edited; all
+    experts of a token that takes more than two; of several runs the last one's numerics.
+    """
+    sent = []
+    keep = ["router_logits", gs.capture("attn_pattern", later=True)]
+    late = gs.capture("resid_post", reduce="lens", positions="last")
+    with grok.edits(gs.route.top_k(4, layers=1), gs.scale("attn_scores", 0.5, layers=0)):
+        trace = grok.generate("The old keeper", 4, capture=[*keep, late], stop_at_eos=False)
+    with gs.load(numerics="bfloat16") as rounded:
+        first = rounded.trace("The old keeper")
+    page = gs.view(first, trace)
+    monkeypatch.setattr(type(page), "send", lambda self, message, buffers=None: sent.append((message, buffers or [])))
+    page._receive(page, {"kind": "hello"}, [])
+    (model, _), _, (run, (experts,)) = sent
+    assert model["numerics"] == "float32"
+    assert "attn" not in model["panes"]
+    assert run["logprobs"][0] is None
+    assert run["logprobs"][1:] == pytest.approx(trace.logprobs[1:].tolist(), abs=1e-4)
+    assert run["lens_layers"] == []
+    found = np.frombuffer(zlib.decompress(experts), np.int8).reshape(6, len(trace), 4)
+    assert (found == trace["expert_index"]).all()
+    with pytest.raises(ValueError, match="lacks a lens of all positions"):
+        gs.view(trace, panes="logit_lens")
+    deep = gs.GrokConfig(**{**first.meta["config"], "num_layers": 20})
+    with monkeypatch.context() as patched:
+        patched.setattr(grok, "config", deep)
+        assert gs.explore(grok)._lens_layers == [7, 15, 19], "what is said to come next is of the last"
+
+
+def test_a_new_explorer_stops_what_the_old_one_runs(app, grok):
+    settings = {"max": 900, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    app._receive(app, {"kind": "generate", "prompt": "The", "options": settings, "edits": []}, [])
+    gs.explore(grok)
+    app._worker.join(60)
+    assert not app._worker.is_alive()
+    assert app.trace.meta["finish"] == "interrupt"
 
 
 @pytest.fixture(scope="module")

@@ -108,16 +108,19 @@ class Comparison:
 def compare(a: Trace, b: Trace) -> Comparison:
     """Where two runs part: of the same prompt under edits, of two prompts, of two checkpoints with one vocabulary.
 
-    Tokens are aligned as in a diff; routing and, where both have "logits", predictions are compared at the pairs.
+    Tokens are aligned as in a diff, behind their common beginning; routing and, where both have "logits", predictions
+    are compared at the pairs.
     """
     for trace in (a, b):
         if not isinstance(trace, Trace):
             raise TypeError(f"compare takes two Traces; got {type(trace).__name__}")
-    blocks = difflib.SequenceMatcher(None, a.tokens.tolist(), b.tokens.tolist(), autojunk=False).get_matching_blocks()
-    pairs = np.array([(m.a + i, m.b + i) for m in blocks for i in range(m.size)], int).reshape(-1, 2)
     shorter = min(len(a), len(b))
     differing = np.flatnonzero(a.tokens[:shorter] != b.tokens[:shorter])
     divergence = int(differing[0]) if len(differing) else None if len(a) == len(b) else shorter
+    same = shorter if divergence is None else divergence
+    rest = difflib.SequenceMatcher(None, a.tokens[same:].tolist(), b.tokens[same:].tolist(), autojunk=False)
+    blocks = [(0, 0, same), *((same + m.a, same + m.b, m.size) for m in rest.get_matching_blocks())]
+    pairs = np.array([(i + n, j + n) for i, j, size in blocks for n in range(size)], int).reshape(-1, 2)
 
     layers, routing, swapped = [], np.empty((0, len(pairs)), np.float32), np.empty((0, len(pairs)), bool)
     alike = a.meta["config"]["num_experts"] == b.meta["config"]["num_experts"]

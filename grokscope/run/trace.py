@@ -110,6 +110,12 @@ class Trace:
         axes = zip(self.dims[tap], self.taps[tap].shape, strict=True)
         return {COORDINATES[d]: np.array(own[d]) if d in own else np.arange(n) for d, n in axes}
 
+    @property
+    def attention_edits(self) -> set[str]:
+        """Which of attn_scores and attn_pattern this run edited: q and k do not show that."""
+        taps = {tap for e in self.meta["edits"] for tap in e.get("taps", [e.get("tap")])}
+        return taps & {"attn_scores", "attn_pattern"}
+
     def attention(self, layers=None, heads=None, positions=None) -> np.ndarray:
         """Attention rows [layer, head, position, key_position], float32, computed from captured q and k.
 
@@ -121,9 +127,7 @@ class Trace:
                 f"attention needs the taps q and k, and this Trace lacks {' and '.join(missing)}; "
                 'capture them, or grokscope.capture("attn_pattern", later=True)'
             )
-        taps = {tap for e in self.meta["edits"] for tap in e.get("taps", [e.get("tap")])}
-        edited = taps & {"attn_scores", "attn_pattern"}
-        if edited:
+        if edited := self.attention_edits:
             raise ValueError(
                 f"this run edited {min(edited)}, which q and k do not show; capture attn_pattern itself, not later"
             )

@@ -5,8 +5,10 @@ model does not flood the page.
 """
 
 import contextlib
+import dataclasses
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from grokscope.notebook.widgets.page import (
 )
 from grokscope.run import edits as edits_module
 from grokscope.run.captures import capture
+from grokscope.run.dump import Dump, Writer, refuse_existing
 from grokscope.run.edits import Edit
 from grokscope.run.engine import Grok, TokenEvent
 from grokscope.run.trace import ROUTING, Trace
@@ -36,6 +39,7 @@ BATCH_SECONDS = 0.05
 WATCH_SECONDS = 0.1
 BEST = 5
 COMPARED = "2GB"  # the most that predictions of a run may take while two are compared
+_EXPLORERS: "weakref.WeakSet[Explore]" = weakref.WeakSet()
 
 
 class Explore(Page):
@@ -50,7 +54,11 @@ class Explore(Page):
         self._model = threading.RLock()  # a Grok runs in one thread at a time
         self._worker: threading.Thread | None = None
         layers = grok.config.num_layers
-        self._lens_layers = list(range(layers)) if layers <= 16 else [*range(7, layers, 8)]
+        self._lens_layers = list(range(layers)) if layers <= 16 else sorted({*range(7, layers, 8), layers - 1})
+        for other in _EXPLORERS:  # its cell was run again: that begins anew
+            if other._grok is grok:
+                other._on_stop()
+        _EXPLORERS.add(self)
 
     @property
     def trace(self) -> Trace:
@@ -77,16 +85,15 @@ class Explore(Page):
         if self._worker:
             self._worker.join(0.5)  # it may have told its last and not yet have ended
             if self._worker.is_alive():
-                raise RuntimeError("a run is under way; stop it first")
+                what = "a run is under way; stop it first" if self._running else "an export is under way; wait for it"
+                raise RuntimeError(what)
         if not prompt:
             raise ValueError("the prompt is empty; type a text")
-        with self._model:
-            made = [edit for one in edits for edit in self._edit(one)]
         self._number += 1
         name = ", ".join(_short(one) for one in edits) or f"baseline, seed {options['seed']}"
-        run = Run(self._number, name, prompt, options, made)
+        run = Run(self._number, name, prompt, options, [])
         self._stop.clear()
-        self._worker = threading.Thread(target=self._generate, name="generate", args=(run,), daemon=True)
+        self._worker = threading.Thread(target=self._generate, name="generate", args=(run, edits), daemon=True)
         self._worker.start()
 
     def _on_stop(self) -> None:
@@ -94,15 +101,15 @@ class Explore(Page):
 
     def _on_price(self, run: int) -> None:
         trace = self._trace(run)
-        plan = self._grok.plan([trace.tokens], capture=list(EXPORTED))
-        self.send({"kind": "price", "run": run, "bytes": {name: plan.rows[name]["disk"] for name in EXPORTED}})
+        rows = self._grok.plan([trace.tokens], capture=list(EXPORTED)).rows  # and those of routing, which come along
+        self.send({"kind": "price", "run": run, "bytes": {name: row["disk"] for name, row in rows.items()}})
 
     def _on_export(self, run: int, taps: list, directory: str) -> None:
         if self._worker and self._worker.is_alive():
             raise RuntimeError("a run is under way; wait, or stop it")
-        self._trace(run)  # KeyError
+        total = self._grok.plan([self._trace(run).tokens], capture=list(taps) or ()).total["disk"]
         found = next(one for one in self._runs if one.id == run)
-        self._worker = threading.Thread(target=self._export, args=(found, taps, directory), daemon=True)
+        self._worker = threading.Thread(target=self._export, args=(found, taps, directory, total), daemon=True)
         self._worker.start()
 
     def _on_compare(self, a: int, b: int) -> None:
@@ -113,7 +120,7 @@ class Explore(Page):
                 with self._model:
                     super(Explore, self)._on_compare(a, b)
             except Exception as err:
-                self._failed("compare", err)
+                self._failed("compare", err, a=a, b=b)
 
         threading.Thread(target=told, daemon=True).start()
 
@@ -130,7 +137,7 @@ class Explore(Page):
         assert isinstance(found, Trace)
         return found
 
-    def _generate(self, run: Run) -> None:
+    def _generate(self, run: Run, edits: list[dict[str, Any]]) -> None:
         waiting: list[tuple] = []
         begun = sent = time.perf_counter()
 
@@ -160,11 +167,13 @@ class Explore(Page):
         try:
             ids = self._grok.encode(run.prompt)
             prompt_length = len(ids)
-            with self._model, self._grok.edits(*run.edits):
-                (trace,) = self._grok.stream(
-                    [ids], o["max"], temperature=o["temperature"], top_p=o["top_p"], seed=o["seed"], on_token=on_token,
-                    capture=["router_logits", capture("attn_pattern", later=True), lens],
-                )  # fmt: skip
+            with self._model:
+                run.edits = [edit for one in edits for edit in self._edit(one)]
+                with self._grok.edits(*run.edits):
+                    (trace,) = self._grok.stream(
+                        [ids], o["max"], temperature=o["temperature"], top_p=o["top_p"], seed=o["seed"],
+                        on_token=on_token, capture=["router_logits", capture("attn_pattern", later=True), lens],
+                    )  # fmt: skip
             run.seconds = time.perf_counter() - begun
         except Exception as err:
             self._failed("generate", err, ended=True)
@@ -182,7 +191,7 @@ class Explore(Page):
         start, limit = max(0, len(ids) - WINDOW), run.options["max"]
         message = {
             "kind": "begin", "run": run.id, "name": run.name, "prompt_length": len(ids), "total": len(ids) + limit,
-            "ids": ids.tolist(), "pieces": [self._piece(i) for i in ids], "logprobs": [0.0] * len(ids), "max": limit,
+            "ids": ids.tolist(), "pieces": [self._piece(i) for i in ids], "logprobs": [None] * len(ids), "max": limit,
             "start": start,
         }  # fmt: skip
         self.send(message, [experts_bytes(experts), raw(pairs(gates[:, start:])), raw(logits[:, start:])])
@@ -190,24 +199,31 @@ class Explore(Page):
     def _redraw(self) -> None:
         """In a thread of its own, so that the next run need not wait."""
         with self._drawing:
-            if self._still is not None:
-                self._still.update(HTML(self._picture()))
+            picture = HTML(self._picture()) if self._stills else None
+            for still in self._stills:
+                still.update(picture)
 
-    def _export(self, run: Run, taps: list[str], directory: str) -> None:
+    def _export(self, run: Run, taps: list[str], directory: str, total: int) -> None:
         trace, done = self._trace(run.id), threading.Event()
+        watch = threading.Thread(target=self._watch, args=(Path(directory), total, done), daemon=True)
+        watch.start()
         try:
-            plan = self._grok.plan([trace.tokens], capture=list(taps) or ())
-            watch = threading.Thread(target=self._watch, args=(Path(directory), plan.total["disk"], done), daemon=True)
-            watch.start()
+            refuse_existing(directory)
             with self._model, self._grok.edits(*run.edits):
-                dump = self._grok.dump([trace.tokens], directory, capture=list(taps) or ())
+                found = self._grok.trace(trace.tokens, capture=list(taps) or ())
+            assert isinstance(found, Trace)
+            exported = dataclasses.replace(trace, taps=found.taps, dims=found.dims, numbers=found.numbers)
+            about = {name: trace.meta[name] for name in ("checkpoint", "numerics", "sampling", "edits", "versions")}
+            with Writer(directory, about | {"capture": list(taps)}, 1) as writer:
+                writer.add(0, exported)
             done.set()
             watch.join()
-            self.send({"kind": "exported", "path": str(Path(directory)), "bytes": dump.nbytes, "taps": list(dump.taps)})
+            size = Dump(directory).nbytes
+            self.send({"kind": "exported", "path": str(Path(directory)), "bytes": size, "taps": list(found.taps)})
         except Exception as err:
-            self._failed("export", err)
-        finally:
             done.set()
+            watch.join()
+            self._failed("export", err)
 
     def _watch(self, directory: Path, total: int, done: threading.Event) -> None:
         """Tells what of a dump is on disk, until it is done."""

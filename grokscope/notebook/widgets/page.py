@@ -88,7 +88,7 @@ class Page(anywidget.AnyWidget):
 
     def __init__(self, runs: list[Run], panes: tuple[str, ...] = tuple(PANES), **draft):
         super().__init__(draft=draft)
-        self._still = None
+        self._stills: list[Any] = []
         self._runs = runs
         self._panes = panes
         self.on_msg(self._receive)
@@ -98,7 +98,7 @@ class Page(anywidget.AnyWidget):
         hides the picture (page.css)."""
         data, metadata = super()._repr_mimebundle_() or ({}, {})
         display(data, metadata=metadata, raw=True)
-        self._still = display(HTML(self._picture()), display_id=True)
+        self._stills.append(display(HTML(self._picture()), display_id=True))
 
     def _picture(self) -> str:
         """HTML of the newest run, or of the newest two where they can be compared."""
@@ -128,7 +128,8 @@ class Page(anywidget.AnyWidget):
 
     def _failed(self, kind: str, err: Exception, **more) -> None:
         """Told in the pane of what was asked."""
-        self.send({"kind": "error", "of": kind, "text": f"{type(err).__name__}: {err}", **more})
+        text = err.args[0] if isinstance(err, KeyError) else err
+        self.send({"kind": "error", "of": kind, "text": f"{type(err).__name__}: {text}", **more})
 
     def _on_hello(self) -> None:
         """A page has come: what it shows, from the beginning."""
@@ -144,7 +145,7 @@ class Page(anywidget.AnyWidget):
         return False
 
     def _facts(self) -> dict[str, Any]:
-        meta = self.runs[0].meta
+        meta = self.runs[-1].meta
         return shape(GrokConfig(**meta["config"]), meta["checkpoint"]["name"], meta["numerics"])
 
     def _on_whole(self, run: int) -> None:
@@ -241,13 +242,15 @@ class Page(anywidget.AnyWidget):
     # What is sent of a run
 
     def _summary(self, run: Run, trace: Trace) -> dict[str, Any]:
-        """What the page lists of a run: tokens, log-probabilities in nats (0 for the first), seconds."""
+        """What the page lists of a run: tokens, log-probabilities in nats (null for the first), seconds; layers of the
+        lens, where it is of all positions."""
+        lens = trace.numbers.get("resid_post.lens", {"T": []})
         return {
             "run": run.id, "name": run.name, "prompt_length": trace.prompt_length, "total": len(trace),
             "ids": trace.tokens.tolist(), "pieces": trace.pieces,
-            "logprobs": np.nan_to_num(trace.logprobs).round(4).tolist(), "finish": trace.meta["finish"],
-            "seconds": run.seconds, "max": run.options.get("max", 0),
-            "lens_layers": trace.layers.get("resid_post.lens", []),
+            "logprobs": [None if np.isnan(p) else round(float(p), 4) for p in trace.logprobs],
+            "finish": trace.meta["finish"], "seconds": run.seconds, "max": run.options.get("max", 0),
+            "lens_layers": [] if "T" in lens else lens["L"],
         }  # fmt: skip
 
     def _show(self, run: Run, trace: Trace, *, known: bool = False, running: bool = False) -> None:
@@ -294,13 +297,17 @@ def raw(array: np.ndarray) -> bytes:
 
 def pairs(ranked: np.ndarray) -> np.ndarray:
     """[..., 2] of the first two ranks [..., K]; -1 where there is no second."""
-    missing = np.full((*ranked.shape[:-1], max(0, 2 - ranked.shape[-1])), -1, ranked.dtype)
-    return np.concatenate([ranked, missing], axis=-1)[..., :2]
+    return _two_at_least(ranked)[..., :2]
 
 
 def experts_bytes(index: np.ndarray) -> bytes:
-    """int8 [L, T, 2] of the experts that ran."""
-    return raw(pairs(index).astype(np.int8))
+    """int8 [L, T, K] of the experts that ran, K at least 2."""
+    return raw(_two_at_least(index).astype(np.int8))
+
+
+def _two_at_least(ranked: np.ndarray) -> np.ndarray:
+    missing = np.full((*ranked.shape[:-1], max(0, 2 - ranked.shape[-1])), -1, ranked.dtype)
+    return np.concatenate([ranked, missing], axis=-1)
 
 
 def _deep(trace: Trace) -> bool:
@@ -356,8 +363,10 @@ def view(*traces: Trace, panes: str | Sequence[str] = VIEWS) -> Page:
             if panes != VIEWS:
                 raise ValueError(f'Trace {i} lacks attention; capture gs.capture("attn_pattern", later=True)')
             chosen.remove("attention")
-        if "logit_lens" in chosen and "resid_post.lens" not in trace.taps:
-            raise ValueError(f'Trace {i} lacks a lens; capture gs.capture("resid_post", reduce="lens", k=5)')
+        if "logit_lens" in chosen and "T" in trace.numbers.get("resid_post.lens", {"T": []}):
+            raise ValueError(
+                f'Trace {i} lacks a lens of all positions; capture gs.capture("resid_post", reduce="lens", k=5)'
+            )
     if "compare" in chosen and len(traces) < 2:
         raise ValueError("one Trace cannot be compared; give two")
     runs = [Run(i + 1, t.text[:30], "", {}, [], t) for i, t in enumerate(traces)]
@@ -365,8 +374,10 @@ def view(*traces: Trace, panes: str | Sequence[str] = VIEWS) -> Page:
 
 
 def _has_attention(trace: Trace) -> bool:
-    """Whether all heads are there, of all layers, at all positions."""
-    return all(_whole(trace, tap) for tap in (["attn_pattern"] if "attn_pattern" in trace.taps else ["q", "k"]))
+    """Whether all heads are there, of all layers, at all positions, and not edited behind q and k."""
+    if "attn_pattern" in trace.taps:
+        return _whole(trace, "attn_pattern")
+    return _whole(trace, "q") and _whole(trace, "k") and not trace.attention_edits
 
 
 def _whole(trace: Trace, tap: str) -> bool:

@@ -24,15 +24,30 @@ function pairOf() {
   C1 = Math.min(TC, C0 + WINDOW);
   return [a, b];
 }
-// KL of each position, nats, as the kernel has it; null where it is not defined, empty until it is here.
-const KL = new Map();
+// KL of each position, nats, as the kernel has it; null where it is not defined, WAITED or FAILED until it is here. The
+// explorer runs the model for it, so it is asked for once the pane is looked at.
+const KL = new Map(),
+  WAITED = [],
+  FAILED = [];
+let looked = false;
+const looking = new IntersectionObserver(([pane]) => {
+  looked = pane.isIntersecting;
+  if (looked && M0) compare();
+});
+looking.observe($("#cmp"));
 function klOf() {
   const key = `${S.A}.${S.B}`;
-  if (!KL.has(key) && M0.panes.includes("cmp")) {
-    KL.set(key, []);
+  if (!KL.has(key) && looked && pairOf()) {
+    KL.set(key, WAITED);
     tell({ kind: "compare", a: S.A, b: S.B });
+    ident();
   }
   return KL.get(key) || [];
+}
+const comparing = () => [...KL.values()].includes(WAITED);
+// What failed, because the model was busy, is asked for again.
+function again() {
+  for (const [key, kl] of KL) if (kl === FAILED) KL.delete(key);
 }
 function firstDiff() {
   for (let i = 0; i < TC; i++) if (TA[i] !== TB[i]) return i;
@@ -45,14 +60,17 @@ function compare() {
   $(".cmpgrid").style.display = pair ? "" : "none";
   $("#cname").textContent = pair
     ? `A: run ${pair[0].id}, ${pair[0].name}. B: run ${pair[1].id}, ${pair[1].name}`
-    : $("#cmp").dataset.empty;
+    : S.A !== null && S.A === S.B && runs.size > 1
+      ? `Run ${S.A} is both A and B. Mark another one in Runs.`
+      : $("#cmp").dataset.empty;
   $("#r-cmp").disabled = !pair;
   if (!pair) {
     $("#ckey").innerHTML = "";
     return;
   }
   const fd = firstDiff(),
-    np = pair[0].np;
+    np = pair[0].np,
+    word = (run) => (fd < run.n ? esc(show(run.tok[fd])) : "(end)");
   let ch = 0,
     n = 0;
   for (let l = 0; l < L; l++)
@@ -61,12 +79,12 @@ function compare() {
       if (FA[l][t][0] !== FB[l][t][0]) ch++;
     }
   $("#ckey").innerHTML =
-    `<span><span class="dim">First divergence</span>${fd < TC ? `position ${fd}${fd >= np ? `, decode ${fd - np + 1}` : ""}: <span class="code">${esc(show(TA[fd]))} → ${esc(show(TB[fd]))}</span>` : "none"}</span><span><span class="dim">First expert changed before it</span>${pct(n ? ch / n : 0)} of ${n.toLocaleString("en").replace(/,/g, NN)}</span>${klFact(fd)}`;
+    `<span><span class="dim">First divergence</span>${fd < Math.max(pair[0].n, pair[1].n) ? `position ${fd}${fd >= np ? `, decode ${fd - np + 1}` : ""}: <span class="code">${word(pair[0])} → ${word(pair[1])}</span>` : "none"}</span><span><span class="dim">First expert changed before it</span>${pct(n ? ch / n : 0)} of ${n.toLocaleString("en").replace(/,/g, NN)}</span>${klFact(fd)}`;
   const g = document.createElement("canvas").getContext("2d");
   g.font = "12px " + css("--code");
   const cwid = g.measureText("M").width,
     avail = Math.floor((el.clientWidth - 24) / cwid);
-  const from = C1 - C0 > 120 ? Math.max(C0, Math.min(np, fd, C1 - 60) - 20) : C0,
+  const from = C1 - C0 > 120 ? Math.max(C0, Math.min(fd < C1 ? fd : np, C1 - 60) - 20) : C0,
     wd = (i) => Math.max([...show(TA[i])].length, [...show(TB[i])].length) + 1;
   let lines = [],
     cur = [],
@@ -81,7 +99,8 @@ function compare() {
     len += wd(i);
   }
   lines.push(cur);
-  if (lines.length > 8) lines = lines.slice(0, 8);
+  const more = lines.length > 8;
+  lines = lines.slice(0, 8);
   el.innerHTML = lines
     .map((ix) => {
       let off = 0,
@@ -113,7 +132,7 @@ function compare() {
       });
       return `<div class="ln"><span class="lb"></span><div class="ps">${ps}</div><span class="lb">A</span><div class="rw">${a}</div><span class="lb">B</span><div class="rw">${b}</div></div>`;
     })
-    .join("");
+    .join("") + (more ? `<div class="dim">… up to position ${C1 - 1}</div>` : "");
   if (here(pair[0], C0) && here(pair[1], C0)) drawDiff(fd);
 }
 function klFact(fd) {
@@ -146,7 +165,7 @@ function drawDiff(fd) {
       const a = CA[l][t].p,
         b = CB[l][t].p;
       let c;
-      if (S.diff === "x") c = div((b[isoOf()] - a[isoOf()]) / 0.5);
+      if (S.diff === "x") c = div((gateOf(CB[l][t], isoOf()) - gateOf(CA[l][t], isoOf())) / 0.5);
       else {
         let v = 0;
         for (let e = 0; e < E; e++) v += Math.abs(a[e] - b[e]);
@@ -255,7 +274,7 @@ $("#c-diff").addEventListener("pointermove", (ev) => {
     b = CB[l][t];
   tipAt(
     ev,
-    `<div class="ti">Layer ${l}, position ${t}</div><table><tr><th></th><th>token</th><th>first</th><th class="num">expert ${isoOf()}</th></tr><tr><th>A</th><td class="code">${esc(show(TA[t]))}</td><td>${a.a}</td><td class="num">${f(a.p[isoOf()], 3)}</td></tr><tr><th>B</th><td class="code">${esc(show(TB[t]))}</td><td>${b.a}</td><td class="num">${f(b.p[isoOf()], 3)}</td></tr></table>${klTip(t)}`,
+    `<div class="ti">Layer ${l}, position ${t}</div><table><tr><th></th><th>token</th><th>first</th><th class="num">gate of ${isoOf()}</th></tr><tr><th>A</th><td class="code">${esc(show(TA[t]))}</td><td>${a.a}</td><td class="num">${f(gateOf(a, isoOf()), 3)}</td></tr><tr><th>B</th><td class="code">${esc(show(TB[t]))}</td><td>${b.a}</td><td class="num">${f(gateOf(b, isoOf()), 3)}</td></tr></table>${klTip(t)}`,
   );
 });
 $("#c-diff").addEventListener("pointerleave", hide);

@@ -11,6 +11,7 @@ async function unpack(view) {
 const NN = "\u202f",
   MINUS = "\u2212";
 const f = (x, d = 2) => (x < 0 ? MINUS : "") + (Number.isFinite(x) ? Math.abs(x).toFixed(d) : "∞");
+const known = (x, d = 2) => (x === null ? "–" : f(x, d));
 const prob = (p) => (p > 0 && p < 0.005 ? "<0.01" : f(p));
 const pct = (x, d = 1) => (100 * x).toFixed(d) + NN + "%";
 const bytes = (b) => {

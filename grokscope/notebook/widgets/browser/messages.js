@@ -29,12 +29,18 @@ Object.assign(SHOWN, {
 });
 const on = {
   model(m) {
+    if (M0) {
+      // Another view of the same has come, or the kernel is back.
+      if (S.state === "lost") S.state = m.running ? "running" : V.done ? "ready" : "empty";
+      return all();
+    }
     WINDOW = m.window;
     for (const [id, parts] of Object.entries(SHOWN)) $("#" + id).hidden = !parts.some((part) => m.panes.includes(part));
     const rout = { map: "Routing", load: "Expert load", ent: "Router entropy" };
     $("#rhead").textContent = rout[Object.keys(rout).find((id) => m.panes.includes(id))] || "";
     $("#p-load").hidden = !(m.panes.includes("map") && m.panes.includes("load"));
     $("#p-exps").hidden = !$("#p-load").hidden;
+    $("#measure [value=recv]").hidden = !m.panes.includes("attn");
     root.classList.toggle("only", !m.panes.includes("prompt"));
     M0 = m;
     L = m.layers;
@@ -53,7 +59,7 @@ const on = {
     $("#f3").value = d.temperature;
     $("#f4").value = d.seed;
     S.edits = d.edits.map((e) => ({ ...e }));
-    S.state = m.running ? "waiting" : "empty";
+    S.state = m.running ? "running" : "empty"; // of which this page has not heard
     choices();
     palette();
     root.classList.remove("unknown");
@@ -94,7 +100,7 @@ const on = {
     if (S.follow) run.w0 = run.n - WINDOW;
     use(run);
     if (S.follow) S.t = run.n - 1;
-    restore();
+    restore(); // or into the window
     selbar();
     overview();
     strip();
@@ -102,7 +108,9 @@ const on = {
     inspector();
   },
   async run(m, [experts]) {
-    const old = runs.get(m.run);
+    const old = runs.get(m.run),
+      unheard = busy() && !old && !m.running; // it was begun before this page was loaded
+    if (old && old.done) return;
     if (!experts.byteLength && (!old || old.n !== m.pieces.length)) return tell({ kind: "whole", run: m.run });
     const run = experts.byteLength
       ? fresh(m)
@@ -120,8 +128,14 @@ const on = {
     else S.B = run.id;
     if (!runs.has(S.A)) S.A = done[0];
     if (!m.running) S.state = run.finish === "interrupt" ? "stopped" : "ready";
-    if (V === old || !V.n || !V.done) go(run, run.w0);
-    restore();
+    again();
+    if (want && want.run === run) settle();
+    else if (V === old || !V.n || !V.done || unheard) {
+      const keep = S.keep !== null && S.keep < run.n ? S.keep : null;
+      S.keep = null;
+      if (keep === null) go(run, run.w0);
+      else go(run, keep >= run.w0 && keep < run.w0 + WINDOW ? run.w0 : keep - WINDOW / 2, { t: keep });
+    }
     all();
   },
   cells(m, [gates, z]) {
@@ -168,6 +182,7 @@ const on = {
   },
   compare(m) {
     KL.set(`${m.a}.${m.b}`, m.kl);
+    ident();
     compare();
   },
   async attention(m, [z]) {
@@ -216,6 +231,8 @@ const on = {
   exported(m) {
     S.writing = false;
     S.written = m;
+    promptPane();
+    edits();
     taps();
   },
   writing(m) {
@@ -226,6 +243,7 @@ const on = {
     const pane = PANE_OF[m.of] || (S.edited ? "edits" : "prompt");
     S.error[pane] = m.text;
     if (m.of === "export") S.writing = false;
+    if (m.of === "compare") KL.set(`${m.a}.${m.b}`, FAILED);
     if (m.ended || (m.of === "generate" && S.state === "waiting")) S.state = "error";
     all();
   },
@@ -270,6 +288,7 @@ function leave() {
   model.off("comm_live_update", hello);
   model.off("msg:custom", receive);
   resized.disconnect();
+  looking.disconnect();
   themed.disconnect();
   clearInterval(clock);
 }

@@ -7,11 +7,13 @@ const ICON = {
   running: ['<path d="M1 0L10 5L1 10Z"/>', "Generating"],
   stopped: ['<path d="M1 1H9V9H1Z"/>', "Stopped"],
   error: ['<path d="M5 0L10 10H0Z"/>', "Failed"],
+  comparing: ['<path d="M1 5H9" stroke="currentColor" stroke-width="2"/>', "Comparing"],
   lost: ['<path d="M1 1L9 9M9 1L1 9" stroke="currentColor" stroke-width="2"/>', "No kernel"],
 };
 const busy = () => S.state === "running" || S.state === "waiting";
 const idle = () => !busy() && S.state !== "lost";
-const speed = (run) => (run.n > run.np && run.seconds > 0 ? (run.n - run.np) / run.seconds : 0);
+// Tokens a second, behind the first: what came before that was the prompt.
+const speed = (run) => (run.n > run.np + 1 && run.seconds > 0 ? (run.n - run.np - 1) / run.seconds : 0);
 // The run that is told of: while one is under way that one, whichever is looked at.
 const told = () => (busy() ? runs.get(S.active) || EMPTY : V);
 // Replaces what a box holds, and leaves the focus on what it was on: that has the same data.
@@ -28,7 +30,7 @@ const RECONNECT = "Run the cell again to reconnect";
 const three = (x) => (x >= 100 ? x.toFixed(0) : x.toFixed(1));
 
 function ident() {
-  const [icon, word] = ICON[S.state];
+  const [icon, word] = ICON[idle() && comparing() ? "comparing" : S.state];
   const facts = M0.facts.map((x) => `<span class="fact dim opt">${x}</span>`).join("");
   const v = speed(told());
   $("#ident").innerHTML =
@@ -75,7 +77,7 @@ function errors() {
 for (const pane of root.querySelectorAll(".pane")) pane.insertAdjacentHTML("beforeend", '<div class="err"></div>');
 const message = (text) => (text ? `<div class="msg" role="alert">${esc(text)}</div>` : "");
 function promptPane() {
-  $("#b-gen").disabled = !idle();
+  $("#b-gen").disabled = !idle() || !!S.writing;
   $("#b-stop").disabled = !busy();
   const run = told(),
     made = Math.max(0, run.n - run.np),
@@ -88,9 +90,9 @@ function promptPane() {
     ready: ended,
     empty: "No run yet",
     waiting: `Compiling, ${S.message || "0"} s`,
-    running: `${made} of ${all} tokens, ${three(speed(run))} tokens/s`,
+    running: run.n ? `${made} of ${all} tokens, ${three(speed(run))} tokens/s` : "Under way",
     stopped: ended,
-    error: "Nothing was generated",
+    error: made && !run.done ? `Failed behind ${made} tokens` : "Nothing was generated",
     lost: RECONNECT,
   }[S.state];
 }
@@ -112,7 +114,7 @@ function edits() {
   );
   const n = S.edits.filter((e) => e.on).length;
   $("#ecount").textContent = S.edits.length ? `${n} of ${S.edits.length} on` : "";
-  $("#b-run").disabled = !n || !idle();
+  $("#b-run").disabled = !n || !idle() || !!S.writing;
 }
 function runList() {
   const rows = [...runs.values()].filter((r) => r.done || (busy() && r.id === S.active)).reverse();
@@ -133,18 +135,20 @@ function taps() {
     V.bytes = {};
     tell({ kind: "price", run: V.id });
   }
+  const chosen = Object.keys(S.taps).filter((n) => S.taps[n]),
+    along = chosen.length ? ["router_logits", "expert_index", "expert_gate"] : []; // routing comes along
   let total = 0;
+  for (const n of new Set([...chosen, ...along])) total += V.bytes?.[n] || 0;
   const rows = Object.entries(M0.taps).map(([n, d]) => {
     const b = V.bytes && V.bytes[n];
-    if (S.taps[n] && b) total += b;
     return `<tr title="${d}"><td class="code"><label><input type="checkbox" data-n="${n}"${S.taps[n] ? " checked" : ""}>${n}</label></td><td class="num${S.taps[n] ? "" : " dim"}">${b === undefined ? "–" : bytes(b)}</td></tr>`;
   });
   rewrite(
     $("#taps"),
     rows.join("") +
-      `<tr class="tot"><td>Total on disk</td><td class="num"><b style="font-weight:600">${bytes(total)}</b></td></tr>`,
+      `<tr class="tot"><td title="Arrays, those of routing with any other; tables come on top">Total on disk</td><td class="num"><b style="font-weight:600">${bytes(total)}</b></td></tr>`,
   );
-  $("#b-exp").disabled = !V.done || !idle() || S.writing;
+  $("#b-exp").disabled = !V.done || !idle() || !!S.writing || !chosen.length;
   $("#xgt").textContent = S.writing
     ? S.writing.total
       ? `Writing: ${bytes(S.writing.bytes)} of about ${bytes(S.writing.total)}`
@@ -162,7 +166,7 @@ function taps() {
   $("#xout").hidden = !S.written;
   if (S.written)
     $("#xout").textContent =
-      `dump = gs.open("${S.written.path}")\ndump[0]["${S.written.taps[0] || "router_logits"}"]\ndump.to_pandas("${S.written.taps.includes("router_logits") ? "router" : "tokens"}")`;
+      `dump = gs.open("${S.written.path}")\ndump[0]["${S.written.taps[0]}"]\ndump.to_pandas("${S.written.taps.includes("router_logits") ? "router" : "tokens"}")`;
 }
 const draft = () => ({
   prompt: $("#pbox").value,
@@ -223,7 +227,7 @@ $("#taps").addEventListener("change", (ev) => {
 });
 let clock;
 function generate(edited) {
-  if (!idle()) return;
+  if (!idle() || S.writing) return;
   const { prompt, edits: _, ...options } = draft();
   S.error = {};
   S.written = null;
@@ -251,6 +255,8 @@ $("#b-exp").onclick = () => {
   S.written = null;
   delete S.error.export;
   errors();
+  promptPane();
+  edits();
   tell({
     kind: "export",
     run: V.id,

@@ -8,7 +8,7 @@ function mapGeom() {
     rh = BIG ? 7 : root.clientWidth >= 1560 ? 28 : 24,
     mh = L * rh,
     tk = [
-      [MINUS + "log p", (t) => (t ? LP[t] / -8 : 0), "0–8 nats"],
+      [MINUS + "log p", (t) => LP[t] / -8, "0–8 nats"],
       ["entropy", (t) => C[S.l][t].h / Math.log2(E), `0–${f(Math.log2(E), Math.log2(E) % 1 ? 1 : 0)} bits`],
       ["margin", (t) => C[S.l][t].ga - C[S.l][t].gb, "0–1"],
     ];
@@ -148,7 +148,7 @@ function loadOf(l, ph) {
       for (const e of V.F[l][t]) if (e >= 0) n[e]++;
     }
   const s = n.reduce((a, b) => a + b, 0);
-  return { n, s: s || 1 };
+  return { n, s, share: n.map((v) => (s ? v / s : null)) };
 }
 // Phases whose load is drawn: the chosen one beside the map, prefill and decode apart where there is none.
 const loadPhases = () => (M0.panes.includes("map") ? [S.phase] : NP < S.n ? ["prefill", "decode"] : ["prefill"]);
@@ -171,12 +171,13 @@ function loadMatrix(g, x0, phase) {
   for (let l = 0; l < L; l++) {
     const d = loadOf(l, phase);
     for (let e = 0; e < E; e++) {
-      const sh = d.n[e] / d.s,
-        c = div((sh - 1 / E) * E);
+      const sh = d.share[e],
+        c = sh === null ? hex(plain("--well")) : div((sh - 1 / E) * E);
       g.fillStyle = rgb(c);
       if (S.iso >= 0 && e !== S.iso) g.globalAlpha = 0.35;
       g.fillRect(x0 + e * cw, M.y(l), cw - 1, M.rh - (BIG ? 0 : 1));
-      if (!BIG) label(g, String(Math.round(100 * sh)), x0 + e * cw + cw - 6, M.y(l) + M.rh / 2, "right", onto(c));
+      if (!BIG && sh !== null)
+        label(g, String(Math.round(100 * sh)), x0 + e * cw + cw - 6, M.y(l) + M.rh / 2, "right", onto(c));
       g.globalAlpha = 1;
     }
   }
@@ -217,7 +218,7 @@ function drawLoad() {
     base = y0 + 14 + bh,
     a = loadOf(S.l, "prefill"),
     b = loadOf(S.l, "decode"),
-    mx = Math.max(0.3, ...a.n.map((v) => v / a.s), ...b.n.map((v) => v / b.s));
+    mx = Math.max(0.3, ...a.share, ...b.share);
   label(g, `layer ${S.l}: prefill`, 0, y0 + 1, "left", K.ink2);
   font(g, 11);
   const wx = g.measureText(`layer ${S.l}: prefill`).width;
@@ -231,8 +232,8 @@ function drawLoad() {
   g.fillRect(w2 + 6, y0 - 4, 9, 9);
   for (let e = 0; e < E; e++) {
     const x = e * cw,
-      h1 = Math.min(1, a.n[e] / a.s / mx) * bh,
-      h2 = Math.min(1, b.n[e] / b.s / mx) * bh;
+      h1 = Math.min(1, a.share[e] / mx) * bh,
+      h2 = Math.min(1, b.share[e] / mx) * bh;
     if (S.iso >= 0 && e !== S.iso) g.globalAlpha = 0.3;
     g.strokeStyle = rgb(K.o[e]);
     g.lineWidth = 1;
@@ -268,7 +269,7 @@ $("#c-map").addEventListener("pointermove", (ev) => {
     S.hover = null;
     tipAt(
       ev,
-      `<div class="ti">Position ${h.t} <span class="code">${esc(show(TOK[h.t]))}</span></div><table><tr><th>log-probability</th><td class="num">${f(LP[h.t])}</td></tr><tr><th>entropy, layer ${S.l}</th><td class="num">${f(C[S.l][h.t].h)}</td></tr><tr><th>margin, layer ${S.l}</th><td class="num">${f(C[S.l][h.t].ga - C[S.l][h.t].gb)}</td></tr></table>`,
+      `<div class="ti">Position ${h.t} <span class="code">${esc(show(TOK[h.t]))}</span></div><table><tr><th>log-probability</th><td class="num">${known(LP[h.t])}</td></tr><tr><th>entropy, layer ${S.l}</th><td class="num">${f(C[S.l][h.t].h)}</td></tr><tr><th>margin, layer ${S.l}</th><td class="num">${f(C[S.l][h.t].ga - C[S.l][h.t].gb)}</td></tr></table>`,
     );
     return;
   }
@@ -299,7 +300,7 @@ $("#c-load").addEventListener("pointermove", (ev) => {
   const r = ["prefill", "decode", "all"]
     .map((p) => {
       const d = loadOf(l, p);
-      return `<tr><th>${p}</th><td class="num">${d.n[e]} of ${d.s}</td><td class="num">${pct(d.n[e] / d.s)}</td></tr>`;
+      return `<tr><th>${p}</th><td class="num">${d.n[e]} of ${d.s}</td><td class="num">${d.s ? pct(d.share[e]) : "–"}</td></tr>`;
     })
     .join("");
   tipAt(

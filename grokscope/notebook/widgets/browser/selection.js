@@ -145,7 +145,7 @@ function cellTip(l, t) {
   const c = C[l][t],
     r = (n, e, gt) =>
       `<tr><th>${n}</th><td><i class="sw" style="background:${tint(e)}"></i> ${e}</td><td class="num">${f(gt, 3)}</td><td class="num">${f(c.z[e], 2)}</td></tr>`;
-  return `<div class="ti">Layer ${l}, position ${t} <span class="code">${esc(show(TOK[t]))}</span></div><table><tr><th></th><th>expert</th><th class="num">gate</th><th class="num">logit</th></tr>${r("first", c.a, c.ga)}${c.b < 0 ? "" : r("second", c.b, c.gb)}</table><div class="mini">${[...c.p].map((p, e) => `<i style="height:${Math.max(1, (22 * p) / c.ga)}px;background:${tint(e)}"></i>`).join("")}</div><div class="mn">${[...c.p].map((_, e) => `<span>${e}</span>`).join("")}</div><div class="dim">entropy ${f(c.h)} bits, margin ${f(c.ga - c.gb)}, ${t < NP ? "prefill" : "decode"}</div>`;
+  return `<div class="ti">Layer ${l}, position ${t} <span class="code">${esc(show(TOK[t]))}</span></div><table><tr><th></th><th>expert</th><th class="num">gate</th><th class="num">logit</th></tr>${r("first", c.a, c.ga)}${c.b < 0 ? "" : r("second", c.b, c.gb)}</table><div class="mini">${[...c.p].map((p, e) => `<i style="height:${Math.max(1, (22 * p) / Math.max(...c.p))}px;background:${tint(e)}"></i>`).join("")}</div><div class="mn">${[...c.p].map((_, e) => `<span>${e}</span>`).join("")}</div><div class="dim">entropy ${f(c.h)} bits, margin ${f(c.ga - c.gb)}, ${t < NP ? "prefill" : "decode"}</div>`;
 }
 function at(cv, ev) {
   const b = cv.getBoundingClientRect();
@@ -160,6 +160,7 @@ root.addEventListener("click", (ev) => {
     quick = on("[data-q]");
   if (ab) {
     S[ab.dataset.r] = +ab.dataset.id;
+    again();
     runList();
     compare();
     return;
@@ -223,6 +224,7 @@ root.addEventListener("keydown", (ev) => {
     return;
   }
   if (/^(INPUT|SELECT|TEXTAREA)$/.test(tg.tagName) && tg.type !== "checkbox") return;
+  if (ev.altKey || ev.ctrlKey || ev.metaKey) return;
   const move = {
     ArrowLeft: { t: next("t") - 1 },
     ArrowRight: { t: next("t") + 1 },
@@ -234,6 +236,6 @@ root.addEventListener("keydown", (ev) => {
   if (move) {
     ev.preventDefault();
     pick(move);
-  } else if (/^[0-7]$/.test(ev.key)) isolate(+ev.key);
+  } else if (/^[0-9]$/.test(ev.key) && +ev.key < E) isolate(+ev.key);
   else if (ev.key === "Escape") isolate(S.iso);
 });

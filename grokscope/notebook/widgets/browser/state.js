@@ -86,6 +86,8 @@ function use(run) {
   W0 = V.w0 = Math.max(0, Math.min(T - WN, V.w0));
   W1 = Math.min(S.n, W0 + WN);
 }
+// The gate of an expert at a position and layer: 0 where it did not run.
+const gateOf = (c, e) => (e === c.a ? c.ga : e === c.b ? c.gb : 0);
 // One position at one layer: experts a and b that ran (b is -1 where one did), their gates, and what the router said.
 function cellOf(z, o, [a, b], [ga, gb]) {
   const p = new Float32Array(E),
@@ -99,11 +101,15 @@ function cellOf(z, o, [a, b], [ga, gb]) {
   for (const v of p) if (v > 0) h -= v * Math.log2(v);
   return { a, b, ga, gb: Math.max(0, gb), h, p, z: own };
 }
-// Which experts ran: of all positions, and it is little.
+// Which experts ran: of all positions, and it is little. Two a token, or as many as an edit has it take.
 function ran(run, experts, count) {
+  const k = experts.length / (L * count);
   for (let l = 0; l < L; l++) {
     run.F[l] = run.F[l] || [];
-    for (let i = 0; i < count; i++) run.F[l].push([experts[2 * (l * count + i)], experts[2 * (l * count + i) + 1]]);
+    for (let i = 0; i < count; i++) {
+      const o = k * (l * count + i);
+      run.F[l].push([...experts.subarray(o, o + k)]);
+    }
   }
   run.n += count;
 }
@@ -160,11 +166,13 @@ function go(run, w0, o = {}) {
   want = { run, w0: Math.max(0, Math.min(run.T - Math.min(run.T, WINDOW), Math.round(w0))), o };
   settle();
 }
-// The position that was selected before an edited run, once the run has it.
+// The position that was selected before an edited run, once the run shows it.
 function restore() {
-  if (S.keep === null || S.keep >= W1) return;
-  S.t = S.keep;
-  S.keep = null;
+  if (S.keep !== null && S.keep >= W0 && S.keep < W1) {
+    S.t = S.keep;
+    S.keep = null;
+  }
+  S.t = Math.max(W0, Math.min(W1 - 1, S.t));
 }
 function settle() {
   if (!want || !here(want.run, want.w0)) return;
@@ -209,7 +217,7 @@ function lensAt(t) {
 }
 function nextOf(t) {
   const found = lensAt(t);
-  if (!found) return { top: [], rank: "–" };
+  if (!found || V.lensLayers[found.length - 1] !== L - 1) return { top: [], rank: "–" };
   const { top, rank } = found[found.length - 1];
   return { top: top.map(([w, p, id]) => [w, p, id === V.ids[t + 1]]), rank: rank < 0 ? "–" : rank + 1 };
 }

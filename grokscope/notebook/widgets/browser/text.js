@@ -8,7 +8,7 @@ const MEAS = {
 };
 function measure(t) {
   const c = C[S.l][t];
-  return { entropy: c.h, margin: c.ga - c.gb, logp: LP[t], recv: attn(S.l, S.h).received?.[t - W0] ?? 0 }[S.measure];
+  return { entropy: c.h, margin: c.ga - c.gb, logp: LP[t], recv: attn(S.l, S.h).received?.[t - W0] ?? null }[S.measure];
 }
 function strip() {
   MEAS.entropy.r[1] = Math.log2(E);
@@ -29,11 +29,12 @@ function strip() {
       sty = `--c:${tint(c.a)};--a:calc(var(--tint)*${gateW(c.ga).toFixed(2)})`;
       if (S.iso >= 0 && c.a !== S.iso) cls += " off";
     } else {
-      const m = MEAS[S.measure];
+      const m = MEAS[S.measure],
+        there = measure(t) !== null; // the first token has no log-probability, attention comes with the end
       let v = (measure(t) - m.r[0]) / (m.r[1] - m.r[0]);
       if (S.measure === "logp") v = 1 - v;
       if (S.measure === "recv") v = Math.sqrt(Math.max(0, Math.min(1, v)));
-      sty = `--c:${rgb(seq(0.06 + 0.94 * Math.max(0, Math.min(1, v))))};--a:55%`;
+      sty = there ? `--c:${rgb(seq(0.06 + 0.94 * Math.max(0, Math.min(1, v))))};--a:55%` : "--c:transparent;--a:0%";
     }
     if (t === S.t) cls += " sel";
     if (p.trim() === "" && brk) cls += " nl";
@@ -42,7 +43,7 @@ function strip() {
         ? S.measure === "expert"
           ? `<sub>${C[S.l][t].a}</sub>`
           : S.digits
-            ? `<sub>${f(measure(t), 1)}</sub>`
+            ? `<sub>${known(measure(t), S.measure === "recv" ? 2 : 1)}</sub>`
             : ""
         : "";
     const bound = t === NP ? '<span class="bound">decode</span>' : "";

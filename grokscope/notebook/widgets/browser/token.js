@@ -1,6 +1,9 @@
 // One token: route through the layers, predictions, lens.
 
-const noLens = () => (!V.done ? "When the run is done" : V.lensLayers.length ? "…" : "No lens was captured");
+function noLens() {
+  if (!V.done) return S.state === "error" ? "The run failed" : "When the run is done";
+  return V.lensLayers.length ? "…" : "No lens was captured";
+}
 function inspector() {
   const t = S.t,
     c = C[S.l][t],
@@ -10,7 +13,7 @@ function inspector() {
     `<div class="big"><span class="t" style="--c:${tint(c.a)}">${esc(show(TOK[t]))}</span><span class="dim">id ${V.ids[t]}</span></div>`;
   const pr = nextOf(Math.max(0, t - 1));
   $("#ikv").innerHTML = [
-    ["Log-prob.", t && (V.done || t >= NP) ? f(LP[t]) : "–"],
+    ["Log-prob.", known(LP[t])],
     ["Rank", t ? pr.rank : "–"],
     ["Entropy", f(c.h) + " bits"],
     ["Margin", f(c.ga - c.gb)],
@@ -30,7 +33,8 @@ function inspector() {
         return `<tr class="pick" data-l="${l}"><td class="num ${l === S.l ? "" : "dim"}" style="width:24px;padding:0 8px 0 0;${l === S.l ? "font-weight:600" : ""}">${l}</td><td class="p bar" style="--w:${(100 * q).toFixed(1)}%">${esc(show(w))}</td><td class="num" style="width:42px">${prob(q)}</td></tr>`;
       }).join("")
     : `<tr><td class="dim">${noLens()}</td></tr>`;
-  if (!X) $("#t-next").innerHTML = `<tr><td class="dim">${noLens()}</td></tr>`;
+  const none = X ? "No lens of the last layer" : noLens();
+  if (!nx.top.length) $("#t-next").innerHTML = `<tr><td class="dim">${none}</td></tr>`;
   const wide = root.clientWidth >= 1560,
     box = wide ? $("#ilists") : $(".awrap");
   if ($("#lists").parentElement !== box) box.append($("#lists"));
