@@ -318,6 +318,7 @@ def test_a_view_in_the_browser(tmp_path):
         "a, b = grok.generate(['The old keeper', 'The old house'], 12, capture=keep)\na.save('a')",
         "gs.view(gs.open('a'))",
         "gs.view(a, b, panes=['routing', 'compare', 'coactivation', 'transitions', 'router_entropy'])",
+        "gs.view(grok.trace('The old keeper'))",
     ]
     lab.write_notebook(tmp_path / "view.ipynb", *cells)
     with lab.server(tmp_path) as url, lab.page() as page:
@@ -335,6 +336,14 @@ def test_a_view_in_the_browser(tmp_path):
         assert "by chance" in second.locator("#tip").inner_text()
         second.locator("#c-ent").hover(position={"x": 40, "y": 60})
         assert "mean entropy" in second.locator("#tip").inner_text()
+        plain = page.locator(".gs >> nth=2")
+        assert plain.locator("#measure option[value=recv]").get_attribute("hidden") is not None, "there is no attention"
+        plain.locator(".phase button", has_text="decode").first.click()
+        plain.locator("#c-load").hover(position={"x": 20, "y": 60})
+        assert re.search(r"decode\s+0 of 0\s+–", plain.locator("#tip").inner_text())
+        plain.locator("#measure").select_option("logp")
+        plain.locator("#digits").check()
+        assert plain.locator(".tok >> nth=0").inner_text().endswith("–"), "nothing came before the first token"
         assert page.errors == []
 
 
@@ -381,6 +390,55 @@ def test_a_long_text_in_the_browser(tmp_path):
         far = int(page.inner_text(".gs #t-r tr >> nth=0").split()[0])
         page.click(".gs #t-r tr >> nth=0")
         page.wait_for_function(f"() => document.querySelector('.gs #o-t').textContent === '{far}'")
+        assert page.errors == []
+
+
+@pytest.mark.slow
+def test_a_long_prompt_edited_shown_twice_and_loaded_again(tmp_path):
+    """An edited run is looked at where the one before was, once it is done; a second view leaves the first as it is; a
+    page that is loaded while a run goes on can stop it, and shows it.
+    """
+    lab.needs_chromium()
+    lab.write_notebook(tmp_path / "long.ipynb", UNHURRIED.replace("0.02", "0.1"), "app")
+    generating = "() => /^([3-9]|[0-9]{2,}) of 600/.test(document.querySelector('.gs #pgt').textContent)"
+    run_cell = """async (i) => { const app = window.jupyterapp; app.shell.currentWidget.content.activeCellIndex = i;
+      await app.commands.execute('notebook:run-cell'); }"""
+    with lab.server(tmp_path) as url, lab.page() as page:
+        page.set_default_timeout(120_000)
+        page.goto(url("long.ipynb"))
+        page.wait_for_function(lab.READY)
+        page.evaluate(run_cell, 0)
+        page.wait_for_selector(".gs:not(.unknown) #b-gen")
+        page.fill(".gs #pbox", "The cat sat on the mat. " * 70)
+        page.fill(".gs #f1", "8")
+        generate(page)
+        box = page.locator(".gs #c-over").bounding_box()
+        page.mouse.click(box["x"] + 2, box["y"] + 8)
+        page.wait_for_selector(".gs .tok[data-t='40']")
+        page.click(".gs .tok[data-t='40']")
+        page.click(".gs #quick [data-q='ban']")
+        page.click(".gs #b-run")
+        page.wait_for_function("() => document.querySelectorAll('.gs #trun [data-r=A]').length === 2")
+        page.wait_for_function("() => document.querySelector('.gs #o-t').textContent === '40'")
+        assert "position 40" in page.inner_text(".gs #iwhere")
+
+        page.click(".gs #trun tr:nth-child(1) [data-r='A']")
+        page.click(".gs #trun tr:nth-child(2) [data-r='B']")
+        assert page.inner_text(".gs #cname").startswith("A: run 2")
+        page.evaluate(run_cell, 1)
+        page.wait_for_function("() => document.querySelectorAll('.gs:not(.unknown) #trun [data-r=A]').length === 4")
+        assert page.locator(".gs #cname").first.inner_text().startswith("A: run 2"), "as it was marked"
+        assert page.locator(".gs #cname").last.inner_text().startswith("A: run 1")
+
+        page.locator(".gs #pbox").first.fill("The cat")
+        page.locator(".gs #f1").first.fill("600")
+        page.locator(".gs #b-gen").first.click()
+        page.wait_for_function(generating)
+        page.evaluate("async () => await window.jupyterapp.commands.execute('docmanager:save')")
+        page.reload()
+        page.wait_for_function("() => document.querySelector('.gs #pgt')?.textContent === 'Under way'")
+        page.locator(".gs #b-stop").first.click()
+        page.wait_for_function("() => document.querySelector('.gs #pgt').textContent.startsWith('Stopped at')")
         assert page.errors == []
 
 
