@@ -151,11 +151,12 @@ def read_at_swaps(comparison: Comparison, *, layers: Sequence[int] | None = None
     a, b = comparison.a, comparison.b
     if not comparison.layers:
         raise ValueError("there is no layer whose routing both runs have, whole: capture router_logits")
-    if missing := set(layers or ()) - set(comparison.layers):
+    layers = comparison.layers if layers is None else layers
+    if missing := set(layers) - set(comparison.layers):
         raise ValueError(f"layer {min(missing)}: both runs have routing of layers {comparison.layers}")
     there = dict(comparison.pairs.tolist())
     rows = []
-    for number in comparison.layers if layers is None else layers:
+    for number in layers:
         swapped = comparison.pairs[comparison.swapped[comparison.layers.index(number)]]
         if not len(swapped):
             continue

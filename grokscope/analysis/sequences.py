@@ -16,9 +16,8 @@ CLASSES = ("special", "newline", "space", "digits", "capital", "lower", "other l
 
 def sequences(source: Source) -> Iterator[Trace]:
     """The Traces, one at a time. Raises TypeError for anything else, ValueError if there is none."""
-    if isinstance(source, Trace):
-        source = [source]
-    for trace in source if number_of_traces(source) else ():
+    number_of_traces(source)
+    for trace in [source] if isinstance(source, Trace) else source:
         if not isinstance(trace, Trace):
             raise TypeError(f"expected Traces; got {type(trace).__name__}")
         yield trace
