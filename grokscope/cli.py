@@ -448,7 +448,7 @@ def train(
     sequence_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Highest learning rate; if not given 3e-3 from scratch, 3e-4 from a checkpoint."),
+        typer.Option(help="Highest learning rate; if not given 3e-3 from scratch, 1e-4 from a checkpoint."),
     ] = None,
     decay: Annotated[float, typer.Option(help="Last part of the steps, over which it falls to zero.")] = 0.4,
     seed: Annotated[int, typer.Option(min=0, help="Of weights and data.")] = 0,

@@ -3,6 +3,7 @@
 A token chooses a *set* of experts at each layer; everything here is counted as sets, so that the experts of one token,
 which are never the same, are not mistaken for independent draws. `share` is of the choices: an expert that is chosen
 as often as all others has 1/E. Rows are `layer` x `expert` x `phase`, with the numbers of tokens and prompts behind.
+`low` and `high` are 95 % by resampling prompts; of what never occurred, up to what chance leaves out once in 40 times.
 """
 
 from collections.abc import Callable
