@@ -51,8 +51,8 @@ again there: faster on CPU than writing and reading it, in 0.15 to 0.28 of the m
 
 
 FINE_TUNING = 1e-4
-"""Learning rate from a checkpoint. 200 steps of grok-1-mini on Python, one of its ten domains, gained 0.035 nats a held-out
-token there, and cost 0.03 on all; at 3e-4 0.04 and 0.11, at 1e-3 0.01 and 0.48; at 3e-3 Python lost too, 0.15.
+"""Learning rate from a checkpoint. 200 steps of grok-1-mini on Python, one of its ten domains, gained 0.035 nats a
+held-out token there, and cost 0.03 on all; at 3e-4 0.04 and 0.11, at 1e-3 0.01 and 0.48; at 3e-3 Python lost 0.15 too.
 """
 SAVE_SECONDS = 300  # at most between two states on disk, or twenty times what saving one takes
 
