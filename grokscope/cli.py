@@ -222,7 +222,7 @@ def _prompts(path: Path) -> list:
             value = value.get("prompt", value.get("tokens")) if isinstance(value, dict) else value
         except (ValueError, RecursionError) as err:
             raise ValueError(f"{path}, line {number}, is not JSON: {err}") from err
-        if not isinstance(value, str | list):
+        if not isinstance(value, str | list) or (isinstance(value, list) and not all(type(i) is int for i in value)):
             raise ValueError(f'{path}, line {number}: expected a text, a list of ids, or {{"prompt": ...}}')
         found.append(value)
     if not found:
@@ -460,7 +460,8 @@ def train(
     from grokscope.checkpoint.ckpt0 import open_checkpoint
 
     if (config is None) == (start is None):
-        raise ValueError("give either --config (from scratch) or --start (a checkpoint), not both")
+        found = "neither" if config is None else "both"
+        raise ValueError(f"give either --config (from scratch) or --start (a checkpoint); {found} was given")
     if learning_rate is None:
         learning_rate = training.FINE_TUNING if start is not None else training.Recipe.learning_rate
     recipe = training.Recipe(

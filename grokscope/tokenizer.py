@@ -9,6 +9,7 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 SPACE = "\u2581"
@@ -49,6 +50,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; byte sequences that are not UTF-8 read as U+FFFD. Raises ValueError for what is no id."""
+        if not isinstance(ids, Sequence | np.ndarray):
+            raise TypeError(f"expected a sequence of ids; got {ids!r:.60}")
         stream = self.stream()
         return "".join(stream(i) for i in ids) + stream(None)
 
@@ -59,7 +62,7 @@ class Tokenizer:
 
         def characters(token: int | None) -> str:
             nonlocal strip
-            if token is not None and not 0 <= token < self._num_ids:
+            if token is not None and not (isinstance(token, int | np.integer) and 0 <= token < self._num_ids):
                 raise ValueError(f"token id {token}: expected 0 to {self._num_ids - 1}")
             text = utf8.decode(b"" if token is None else self.bytes[token], final=token is None)
             if text and strip:

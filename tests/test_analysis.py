@@ -612,6 +612,23 @@ def test_a_sweep_cut_short_gives_what_is_whole(made, monkeypatch):
     assert [[t.tokens.tolist() for t in of_variant] for of_variant in found] == [[[5, 6], [7, 8, 9]]]
 
 
+def test_a_table_cut_short_is_none(made, monkeypatch):
+    trace = made.trace
+
+    def cut(*args, **options):
+        found = trace(*args, **options)
+        return found[: len(found) // 2] if len(found) > 2 else found
+
+    monkeypatch.setattr(made, "trace", cut)
+    for table in (
+        lambda: analysis.ablations(made, [[5, 6], [7, 8]], "layers"),
+        lambda: analysis.patching(made, [1, 2], [1, 3], 5, 6),
+        lambda: analysis.counterfactuals(made, [1, 2]),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            table()
+
+
 def test_causes_that_cannot_be(made):
     with pytest.raises(ValueError, match="nothing to recover"):
         analysis.path_patching(made, [1, 2, 3], [1, 2, 3], (0, 0), 5, 6)

@@ -66,7 +66,10 @@ def test_rehearse(tmp_path):
         (("rehearse", "r", "--layers", "2", "--width", "tiny"), "--width tiny: expected full or mini"),
         (("rehearse", "r", "--layers", "0"), "num_layers=0"),
         (("rehearse", "r", "--layers", "6400"), "make room"),
-        (("train", "--data", "d", "--out", "o", "--steps", "3"), "either --config"),
+        (
+            ("train", "--data", "d", "--out", "o", "--steps", "3"),
+            "either --config (from scratch) or --start (a checkpoint); nei",
+        ),
         (("plan", "--tokens", "9", "--capture", "q:foo=3"), "the selector 'foo' is none; there are layers"),
         (("plan", "--tokens", "9", "--capture", "q:layers=1:layers=2"), "'layers' is given twice"),
         (("plan", "--tokens", "9", "--capture", "resid_post:reduce=lens:k="), "k=: expected a whole number"),
@@ -74,9 +77,11 @@ def test_rehearse(tmp_path):
         (("plan", "--tokens", "9", "--mesh", "2x2"), "--mesh, --context and --weights go with --model"),
         (("dump", "latin.jsonl", "o"), "latin.jsonl is not UTF-8 text"),
         (("dump", "deep.jsonl", "o"), "deep.jsonl, line 1, is not JSON"),
+        (("dump", "words.jsonl", "o"), "words.jsonl, line 2: expected a text, a list of ids"),
     ],
 )
 def test_errors_are_one_line(args, words, tmp_path):
+    (tmp_path / "words.jsonl").write_text('[5]\n["a", "b"]\n')
     (tmp_path / "latin.jsonl").write_bytes('"é"'.encode("latin-1"))
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     found = run(*args, code=1, cwd=tmp_path)

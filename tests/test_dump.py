@@ -119,6 +119,9 @@ def test_tables(small, tmp_path, many_parts):
     glob = str(tmp_path / "d" / "router-*.parquet")
     counted = duckdb.sql(f"select layer, expert, count(*) n from '{glob}' group by all order by all").df()
     assert counted.n.tolist() == load.tolist()
+    tokens = str(tmp_path / "d" / "tokens-*.parquet")
+    (total,) = duckdb.sql(f"select sum(logprob) from '{tokens}'").fetchone()
+    assert total == pytest.approx(np.nansum([t.logprobs.sum(where=~np.isnan(t.logprobs)) for t in made]), rel=1e-4)
     assert polars.read_parquet(made.files("router"))["gate"].sum() == pytest.approx(made.to_pandas("router").gate.sum())
     with pytest.raises(ValueError, match="no table 'routers'; it has router, tokens"):
         made.files("routers")
@@ -403,7 +406,7 @@ def test_the_price_of_grok_1(grok):
 def test_over_the_budget(small):
     with pytest.raises(MemoryError, match=r"reduce='entropy'"):
         small.generate([[5] * 100] * 4, 20, capture="attn_pattern", budget="1 MB")
-    assert len(small.generate([5] * 100, 2, capture="resid_post", budget="2GB")) > 100
+    assert len(small.generate([5] * 100, 2, capture="resid_post", budget="2gb")) > 100
     with pytest.raises(ValueError, match="budget='much'"):
         small.trace([5], budget="much")
 

@@ -432,6 +432,29 @@ def test_patch(small):
         small.trace(TOKENS)
 
 
+def test_an_edit_stays_what_it_was_made(small):
+    """Its array is a copy; what a function closes over is read by each call."""
+    plain = small.trace(TOKENS, capture="logits")["logits"]
+    vector, factor = np.zeros(48, np.float32), [1.0]
+    made = [
+        gs.add("resid_post", vector),
+        gs.scale("attn_z", vector[:1] + 1),
+        gs.edit("resid_post", lambda v, *_: v * factor[0]),
+    ]
+    vector += 50
+    with small.edits(*made):
+        close(small.trace(TOKENS, capture="logits")["logits"], plain)
+        factor[0] = 0.5
+        assert np.abs(small.trace(TOKENS, capture="logits")["logits"] - plain).max() > 1e-3
+    for wrong in (None, 1j, [[1], [1, 2]]):
+        with pytest.raises(TypeError, match="expected a number or an array of numbers"):
+            gs.add("resid_post", wrong)
+    with pytest.raises(TypeError, match="ablate has no 'layer'"):
+        gs.ablate(layer=1)
+    with pytest.raises(ValueError, match="force needs the experts"):
+        gs.route.force(experts=None)
+
+
 def test_identities_change_nothing(small):
     wish = ["logits", "resid_post"]
     plain = small.generate(TOKENS, 8, stop_at_eos=False, capture=wish)

@@ -3,7 +3,7 @@
 A variant is a list of edits. Variants x prompts run as the prompts of one call, each with its own edits, so that
 nothing is compiled after the first. Effects are in nats. All but `path_patching` take `directory=`: a folder of dumps
 in which a sweep that was interrupted or killed goes on when it is called again. Edits of a `with grok.edits(...)`
-around them apply to every run.
+around them apply to every run. On Ctrl-C tables raise KeyboardInterrupt.
 """
 
 import dataclasses
@@ -65,6 +65,14 @@ def sweep(
     return done
 
 
+def _whole_sweep(grok: Grok, prompts: Sequence[Prompt], variants: Sequence[Sequence[Edit]], **options):
+    """`sweep`; a part of it is no table. Raises KeyboardInterrupt where it was cut short."""
+    runs = sweep(grok, prompts, variants, **options)
+    if len(runs) < len(variants):
+        raise KeyboardInterrupt
+    return runs
+
+
 def _refuse_one(prompts: Sequence[Prompt]) -> None:
     listed = isinstance(prompts, Sequence | np.ndarray) and not isinstance(prompts, str)
     if not listed or not len(prompts) or isinstance(prompts[0], int | np.integer):
@@ -99,10 +107,7 @@ def ablations(
     parts = [(layer, number) for layer in range(grok.config.num_layers) for number in range(count)]
     means = _means(grok, prompts, over) if method == "mean" else None
     variants = [[], *(_without(over, layer, number, means) for layer, number in parts)]
-    runs = sweep(grok, prompts, variants, directory=directory, progress=progress)
-    if not runs:
-        raise KeyboardInterrupt
-    plain, *others = runs
+    plain, *others = _whole_sweep(grok, prompts, variants, directory=directory, progress=progress)
     labels = Labels(by, len(plain)) if by is not None else None
     of = [
         np.full(len(t), "all", object) if labels is None else labels.of(i, t).astype(str) for i, t in enumerate(plain)
@@ -118,7 +123,7 @@ def ablations(
 
     number, base, frames = np.array([[rows.sum() for rows in own] for own in index]), sums(plain), []
     units = np.count_nonzero(number, axis=0)
-    for (layer, part), traces in zip(parts, others, strict=False):  # fewer, after an interrupt
+    for (layer, part), traces in zip(parts, others, strict=True):
         changed = sums(traces)
         low, high = resampling.interval(resampling.ratio, changed - base, number, units=units, seed=seed)
         columns = {"layer": layer} | ({} if over == "layers" else {over[:-1]: part})
@@ -130,7 +135,7 @@ def ablations(
             "tokens": number.sum(0), "prompts": units,
         }  # fmt: skip
         frames.append(pd.DataFrame(columns))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    return pd.concat(frames, ignore_index=True)
 
 
 def _without(over: str, layer: int, number: int, means: dict[str, np.ndarray] | None) -> list[Edit]:
@@ -166,17 +171,17 @@ def patching(
     """Activation patching: the corrupted prompt with one part of the clean run put in, for every part.
 
     The measure is logit(answer) - logit(against) after the last token; `recovered` is 0 where it is the corrupted run's
-    and 1 where it is the clean run's. `over`: "layers" (the stream, or another `tap`, by layer and position; prompts of
-    the same length), "heads" (attn_z at all positions), "experts" (which experts run, by layer and position: the
-    router's logits are those of the clean run).
+    and 1 where it is the clean run's. `over`: "layers" (the stream, or another `tap`, by layer and position), "heads"
+    (attn_z at all positions), "experts" (which experts run, by layer and position: the router's logits are those of
+    the clean run). All take prompts of the same length.
 
     Columns: layer, and position with piece (of the corrupted prompt), or head; difference, recovered, clean, corrupted.
     """
     ((good, bad),) = sweep(grok, [clean, corrupted], [[]], keep=["logits", _tap(over, tap)])
     if len(good) != len(bad):
         raise ValueError(
-            f"the clean prompt has {len(good)} tokens and the corrupted one {len(bad)}; patching by position needs the "
-            "same number"
+            f"the clean prompt has {len(good)} tokens and the corrupted one {len(bad)}; patching puts values where "
+            "they were, and needs the same number"
         )
     recovered = _recovery(good, bad, token_id(grok, answer), token_id(grok, against))
     layers = range(grok.config.num_layers)
@@ -188,10 +193,10 @@ def patching(
         columns = ("layer", "position")
         places = [(layer, position) for layer in layers for position in range(len(bad))]
         variants = [[edits.patch(good, _tap(over, tap), layers=layer, positions=[p])] for layer, p in places]
-    runs = sweep(
+    runs = _whole_sweep(
         grok, [bad.tokens], variants, keep=capture("logits", positions="last"), directory=directory, progress=progress
     )
-    frame = pd.DataFrame(places[: len(runs)], columns=list(columns))
+    frame = pd.DataFrame(places, columns=list(columns))
     if "position" in frame:
         frame["piece"] = [bad.pieces[p] for p in frame.position]
     return recovered(frame, [trace for (trace,) in runs])
@@ -229,8 +234,8 @@ def path_patching(
     share = 1 if through == "q" else grok.config.num_q_heads // grok.config.num_kv_heads
     places = [(number, h) for number in later for h in range(0, grok.config.num_q_heads, share)]
     variants = [[edits.patch(direct, through, layers=n, heads=h // share)] for n, h in places]
-    runs = sweep(grok, [bad.tokens], variants, keep=capture("logits", positions="last"), progress=progress)
-    frame = pd.DataFrame([*places[: len(runs)], (grok.config.num_layers, -1)], columns=["layer", "head"])
+    runs = _whole_sweep(grok, [bad.tokens], variants, keep=capture("logits", positions="last"), progress=progress)
+    frame = pd.DataFrame([*places, (grok.config.num_layers, -1)], columns=["layer", "head"])
     return recovered(frame, [*(trace for (trace,) in runs), direct])
 
 
@@ -270,7 +275,7 @@ def counterfactuals(
     layers = chosen("layers", parsed("layers", layers), grok.config.num_layers, "this model")
     places = [(layer, expert) for layer in layers for expert in range(grok.config.num_experts)]
     variants = [[edits.route.force(experts=[e], layers=n, positions=[at])] for n, e in places]
-    runs = sweep(
+    runs = _whole_sweep(
         grok, [plain.tokens], variants, keep=capture("logits", positions=[at]), directory=directory, progress=progress
     )
     before = log_softmax(plain["logits"][at].astype(np.float64))
@@ -281,7 +286,7 @@ def counterfactuals(
         return f"<{token}>" if pieces is None else pieces[token]
 
     rows = []
-    for (layer, expert), (trace,) in zip(places, runs, strict=False):
+    for (layer, expert), (trace,) in zip(places, runs, strict=True):
         after = log_softmax(trace["logits"][-1].astype(np.float64))
         best = int(after.argmax())
         rows.append(

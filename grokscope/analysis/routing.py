@@ -90,7 +90,7 @@ def coactivation(source: Source, *, phase: str = "each", seed: int = 0) -> pd.Da
     Independence is the draw of different experts that gives each its share and assumes no more (see
     `resampling.matched`); where tokens chose different numbers of experts, as under `route.force`, of those that chose
     as many. Columns: phase, layer, expert, other (all pairs, expert < other), count, expected, lift (count / expected),
-    low, high (of lift), tokens, prompts.
+    low, high (of lift; NaN where fewer than five prompts chose one of the two), tokens, prompts.
     """
     chosen = _Chosen(source)
     size = chosen.member.sum(1).astype(int)
@@ -132,7 +132,7 @@ def transitions(source: Source, *, phase: str = "each", seed: int = 0) -> pd.Dat
     """From the experts of a layer to those of the next kept one, against independence of the two layers.
 
     Columns: phase, layer, next_layer, expert, next (its expert), count (tokens that chose both), expected, lift, low,
-    high, tokens, prompts.
+    high (as in `coactivation`), tokens, prompts.
     """
     chosen = _Chosen(source)
     if len(chosen.layers) < 2:

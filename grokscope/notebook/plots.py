@@ -66,7 +66,10 @@ def _styled(ax: "Axes | None", width: float, height: float) -> "Iterator[Axes]":
 
 
 def _refuse_parts(trace: Trace) -> None:
-    """Raises ValueError unless experts and gates are of the same layers, at all positions."""
+    """Raises TypeError for what is no Trace, ValueError unless experts and gates are of the same layers, at all
+    positions."""
+    if not isinstance(trace, Trace):
+        raise TypeError(f"expected a Trace; got {type(trace).__name__}")
     index, gate = ({"L": [], **trace.numbers.get(tap, {})} for tap in ("expert_index", "expert_gate"))
     if "T" in index or "T" in gate:
         raise ValueError("nothing to draw: the Trace has routing of some positions; this plot is of all")
@@ -311,6 +314,8 @@ def compare(comparison: Comparison, ax: "Axes | None" = None) -> "Axes":
 
     The line is where the texts part.
     """
+    if not isinstance(comparison, Comparison):
+        raise TypeError(f"expected what grokscope.compare(a, b) gives; got {type(comparison).__name__}")
     if not comparison.layers:
         raise ValueError("nothing to draw: both runs need routing of the same layers at all positions")
     count = comparison.routing.shape[1]

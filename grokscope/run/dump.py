@@ -206,9 +206,11 @@ def _save_table(traces: dict[int, Trace], table: str, path: Path) -> None:
     joined |= {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
     floats = [name for name, value in joined.items() if value.dtype == np.float32]
     others = [name for name in joined if name not in floats]
-    texts = {n: pa.array(joined[n], pa.string()) for n in ("piece", "phase")}  # of no rows no type could be inferred
+    typed = {n: pa.array(joined[n], pa.string()) for n in ("piece", "phase")}  # of no rows no type could be inferred
+    if "logprob" in joined:  # that of a first token is null, so that sums leave it out
+        typed["logprob"] = pa.array(joined["logprob"], pa.float32(), from_pandas=True)
     pq.write_table(
-        pa.table(joined | texts), path, compression="zstd", use_dictionary=others, use_byte_stream_split=floats
+        pa.table(joined | typed), path, compression="zstd", use_dictionary=others, use_byte_stream_split=floats
     )
 
 

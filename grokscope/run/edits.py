@@ -161,9 +161,11 @@ def _edit(op: str, parts, selectors: dict, **args) -> Edit:
 
 
 def _number(name: str, value: Any) -> np.ndarray:
-    """A value as float32. Raises TypeError for what is not numbers."""
+    """A value as float32, a copy: an edit stays what it was made. Raises TypeError for what is not real numbers."""
     try:
-        array = np.asarray(value, np.float32)
+        if value is None or np.iscomplexobj(value):
+            raise TypeError("no real number")
+        array = np.array(value, np.float32)
     except (TypeError, ValueError) as err:
         raise TypeError(f"{name}={value!r}: expected a number or an array of numbers") from err
     if np.isnan(array).any():
@@ -229,9 +231,10 @@ def ablate(**selectors) -> Edit:
         parts.append(("expert_out", "scale", zero))
     if not parts and selectors.get("layers") is not None:
         parts = [("attn_delta", "scale", zero), ("moe_delta", "scale", zero)]
+    made = _edit("ablate", parts, selectors)  # TypeError: a selector that is none
     if not parts:
         raise ValueError("ablate needs heads=, experts= or layers=")
-    return _edit("ablate", parts, selectors)
+    return made
 
 
 def edit(tap: str, fn: Callable, **selectors) -> Edit:
@@ -241,8 +244,7 @@ def edit(tap: str, fn: Callable, **selectors) -> Edit:
     prompt comes padded, its positions -1 there, and a long one in blocks; a generated token comes alone, and S is the
     room for keys. So fn works position by position, or leaves out what is at -1: a mean over positions is
     `jnp.mean(value, 0, where=positions[:, None] >= 0)`. What fn closes over, its globals and attributes are as they are
-    when `grokscope.Grok.edits` begins. Give the same function object again, not a new lambda, to compile nothing.
-    Selectors: see scale.
+    when a call begins. Give the same function object again, not a new lambda, to compile nothing. Selectors: see scale.
     """
     try:
         inspect.signature(fn).bind(None, None, None)
@@ -264,6 +266,8 @@ class route:  # noqa: N801  a namespace: gs.route.ban
     def force(experts, **selectors) -> Edit:
         """Exactly these run. They share the mass of the router's own choice in proportion to their probabilities."""
         experts = parsed("experts", experts)
+        if experts is None:
+            raise ValueError("experts=None: force needs the experts that are to run")
         return _edit("route.force", [("expert_index", "force", experts)], _but_experts(selectors), experts=experts)
 
     @staticmethod

@@ -230,7 +230,8 @@ class Grok:
         """The forward pass of a text, of ids, or of a list of either (then one Trace each).
 
         `capture`: names of taps (grokscope.TAPS) and grokscope.capture(...), kept beside routing; None is routing
-        alone, () nothing at all. Raises as `generate` does.
+        alone, () nothing at all. On Ctrl-C those of a list that are finished come back; with none KeyboardInterrupt is
+        raised. Else it raises as `generate` does.
         """
         sampling = dict(temperature=0.0, top_p=1.0, top_k=None, seed=0)
         return self._all(x, 0, capture, sampling, BATCH_SIZE, None, budget)
@@ -300,8 +301,8 @@ class Grok:
         """The Traces of `generate` one by one, as they are done, so that memory holds those under way alone.
 
         `ordered`: in the order of the prompts; else whichever is ready. meta["prompt"] says which it is. The model is
-        busy from the first Trace until the iterator is at its end or closed. The rest is as in `generate`; errors of
-        what was asked for come at once.
+        busy from the first Trace until the iterator is at its end or closed. On Ctrl-C it ends behind those that are
+        finished or running. The rest is as in `generate`; errors of what was asked for come at once.
         """
         sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         limit = _limit(max_new_tokens)
@@ -461,8 +462,10 @@ class Grok:
             if slot.layer == layer:
                 found[f"{slot.param.module.removeprefix('layer/')}/{slot.param.name}"] = slot
         if name not in found:
+            if not found:
+                raise KeyError(f"no layer {layer!r}: this model has layers 0 to {self.config.num_layers - 1}")
             where = f"of layer {layer}" if layer is not None else "outside the layers (layer= names one)"
-            raise KeyError(f"no weight {name!r} {where}; there are {', '.join(found) or 'none'}")
+            raise KeyError(f"no weight {name!r} {where}; there are {', '.join(found)}")
         tensor = self._checkpoint.read(found[name])
         if tensor.scales is None:
             return np.array(tensor.weight, np.float32)
@@ -520,6 +523,10 @@ class Grok:
             self._busy.release()
 
     def _ending(self, stop_at_eos: bool, stop, on_token) -> Ending:
+        if not isinstance(stop_at_eos, bool | np.bool_):
+            raise TypeError(f"stop_at_eos={stop_at_eos!r}: expected True or False")
+        if not isinstance(stop, str | Sequence | None):
+            raise TypeError(f"stop={stop!r}: expected a string, or a list of strings")
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not all(isinstance(s, str) and s for s in stops):
             raise ValueError(f"stop={stop!r}: expected non-empty strings")
@@ -533,7 +540,7 @@ class Grok:
         with deferred_interrupt() as interrupted:  # or what is finished is lost where Ctrl-C comes between two turns
             traces = sorted(self._traces(prepared, ordered=False), key=lambda trace: trace.meta["prompt"])
         whole = len(traces) == len(prompts) and all(trace.meta["finish"] != "interrupt" for trace in traces)
-        if (single and not traces) or (whole and interrupted.is_set()):
+        if not traces or (whole and interrupted.is_set()):
             raise KeyboardInterrupt
         return traces[0] if single else traces
 
@@ -614,7 +621,7 @@ class Grok:
             raise TypeError("got a Trace; give its ids, trace.tokens, or its text, trace.text")
         if isinstance(x, str):
             return [self._ids(x, 0, limit)], True
-        if isinstance(x, bytes | bytearray | Mapping) or np.isscalar(x) or not hasattr(x, "__len__"):
+        if isinstance(x, bytes | bytearray | Mapping) or not getattr(x, "shape", True) or not hasattr(x, "__len__"):
             raise TypeError(f"a prompt is a text, token ids, or a list of either; got {type(x).__name__}")
         items = list(x)
         if not items:

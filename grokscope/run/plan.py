@@ -168,11 +168,11 @@ def _nbytes(tree: Any) -> int:
 
 
 def as_bytes(budget: int | str, name: str = "budget") -> int:
-    """Bytes of 2000000, "2GB" or "500 MB" (decimal). Raises ValueError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kMGT]?)B?\s*", str(budget))
+    """Bytes of 2000000, "2GB" or "500 mb" (decimal). Raises ValueError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)b?\s*", str(budget).lower())
     if isinstance(budget, bool) or not found:
         raise ValueError(f'{name}={budget!r}: expected bytes, or a text like "2GB" or "500 MB"')
-    return int(float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[found[2]])
+    return int(float(found[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}[found[2]])
 
 
 def refuse_over(budget: int | str | None, hooks: Hooks, *pricing) -> None:

@@ -29,7 +29,7 @@ def parsed(name: str, selector: Any) -> tuple[int, ...] | slice | None:
         raise TypeError(f"{name}={selector!r}: expected an int, a list of ints or a slice")
     items = np.atleast_1d(np.asarray(selector if np.ndim(selector) == 0 else list(selector)))
     if items.size == 0:
-        raise ValueError(f"{name}={selector!r} selects nothing; leave it out to select all")
+        raise ValueError(f"{name}={selector!r} selects nothing; None is all")
     if items.ndim != 1 or items.dtype.kind not in "iu":
         raise TypeError(f"{name}={selector!r}: expected an int, a list of ints or a slice")
     chosen = tuple(int(i) for i in items)

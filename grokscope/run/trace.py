@@ -48,7 +48,7 @@ class Trace:
       pieces: T strings as the tokenizer spells them, or "<422>" without a tokenizer.
       text, continuation: of all tokens, and of those after the prompt; EOS has no text.
       prompt_length: tokens of the prompt.
-      logprobs: float32 [T], nats.
+      logprobs: float32 [T], nats; NaN first.
       taps: {name: array} in the type of the run (bfloat16 kept); `trace[name]` gives float32 or int32.
       dims: {name: letters of its axes}, "L" in front for taps of a layer.
       numbers: {name: {letter: what its axis numbers}} where an axis does not simply count: layers, and selected heads,
