@@ -120,7 +120,7 @@ def test_tables(small, tmp_path, many_parts):
     counted = duckdb.sql(f"select layer, expert, count(*) n from '{glob}' group by all order by all").df()
     assert counted.n.tolist() == load.tolist()
     tokens = str(tmp_path / "d" / "tokens-*.parquet")
-    (total,) = duckdb.sql(f"select sum(logprob) from '{tokens}'").fetchone()
+    (total,) = duckdb.sql(f"select sum(logprob) total from '{tokens}'").df().total
     assert total == pytest.approx(np.nansum([t.logprobs.sum(where=~np.isnan(t.logprobs)) for t in made]), rel=1e-4)
     assert polars.read_parquet(made.files("router"))["gate"].sum() == pytest.approx(made.to_pandas("router").gate.sum())
     with pytest.raises(ValueError, match="no table 'routers'; it has router, tokens"):

@@ -19,7 +19,8 @@ import time
 import grokscope as gs
 grok = gs.load()
 def stream(*args, on_token, **options):
-    return gs.Grok.stream(grok, *args, on_token=lambda event: (time.sleep(0.02), on_token(event)), **options)
+    unhurried = lambda event: (time.sleep(0.02), on_token(event))
+    return gs.Grok.stream(grok, *args, on_token=unhurried, stop_at_eos=False, **options)
 grok.stream = stream
 app = gs.explore(grok)
 hello = app._on_hello
