@@ -6,10 +6,9 @@ The text of a sequence is the bytes of its pieces in order, so it can be cut and
 
 import codecs
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import sentencepiece
 
 SPACE = "\u2581"
@@ -48,9 +47,9 @@ class Tokenizer:
             raise ValueError(f"the text is not Unicode at character {err.start}: {err.reason}") from err
         return self._model.EncodeAsIds(text)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; byte sequences that are not UTF-8 read as U+FFFD. Raises ValueError for what is no id."""
-        if not isinstance(ids, Sequence | np.ndarray):
+        if not isinstance(ids, Iterable):
             raise TypeError(f"expected a sequence of ids; got {ids!r:.60}")
         stream = self.stream()
         return "".join(stream(i) for i in ids) + stream(None)
@@ -62,7 +61,7 @@ class Tokenizer:
 
         def characters(token: int | None) -> str:
             nonlocal strip
-            if token is not None and not (isinstance(token, int | np.integer) and 0 <= token < self._num_ids):
+            if token is not None and not (hasattr(token, "__index__") and 0 <= token < self._num_ids):
                 raise ValueError(f"token id {token}: expected 0 to {self._num_ids - 1}")
             text = utf8.decode(b"" if token is None else self.bytes[token], final=token is None)
             if text and strip:

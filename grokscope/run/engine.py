@@ -525,7 +525,7 @@ class Grok:
     def _ending(self, stop_at_eos: bool, stop, on_token) -> Ending:
         if not isinstance(stop_at_eos, bool | np.bool_):
             raise TypeError(f"stop_at_eos={stop_at_eos!r}: expected True or False")
-        if not isinstance(stop, str | Sequence | None):
+        if not isinstance(stop, str | Iterable | None):
             raise TypeError(f"stop={stop!r}: expected a string, or a list of strings")
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not all(isinstance(s, str) and s for s in stops):
