@@ -411,6 +411,9 @@ def test_a_long_prompt_edited_shown_twice_and_loaded_again(tmp_path):
         page.evaluate(run_cell, 0)
         page.wait_for_selector(".gs:not(.unknown) #b-gen")
         page.fill(".gs #pbox", "The cat sat on the mat. " * 70)
+        page.wait_for_function(
+            "() => parseInt(document.querySelector('.gs #ptok').textContent) > 400"
+        )  # it moves buttons
         page.fill(".gs #f1", "8")
         generate(page)
         box = page.locator(".gs #c-over").bounding_box()
@@ -432,6 +435,7 @@ def test_a_long_prompt_edited_shown_twice_and_loaded_again(tmp_path):
         assert page.locator(".gs #cname").last.inner_text().startswith("A: run 1")
 
         page.locator(".gs #pbox").first.fill("The cat")
+        page.wait_for_function("() => parseInt(document.querySelector('.gs #ptok').textContent) < 10")
         page.locator(".gs #f1").first.fill("600")
         page.locator(".gs #b-gen").first.click()
         page.wait_for_function(generating)
