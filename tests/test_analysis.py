@@ -697,6 +697,8 @@ def test_attribution_adds_up(made, grok):
     assert (best.part, best.layer, best["head"]) == ("head", *planted.INDUCTION)
     with pytest.raises(KeyError, match="attention_z|attn_z"):
         analysis.attribution(made, made.trace([1, 2]))
+    with pytest.raises(TypeError, match="takes one Trace; got list"):
+        analysis.attribution(made, [made.trace([1, 2])])
 
 
 def test_attribution_of_an_edited_run(made):

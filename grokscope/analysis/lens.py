@@ -64,8 +64,6 @@ def attribution(
     ATTRIBUTION at all layers. Raises KeyError if one is missing, ValueError if a selector cut one, and at the last
     position without a target.
     """
-    if not isinstance(trace, Trace):
-        raise TypeError(f"attribution takes one Trace; got {type(trace).__name__}")
     _refuse_parts(trace)
     config = grok.config
     at = place(trace, position)
@@ -103,6 +101,8 @@ def attribution(
 
 
 def _refuse_parts(trace: Trace) -> None:
+    if not isinstance(trace, Trace):
+        raise TypeError(f"attribution takes one Trace; got {type(trace).__name__}")
     if missing := [name for name in ATTRIBUTION if name not in trace.taps]:
         raise KeyError(f"attribution needs {', '.join(missing)}; capture grokscope.analysis.ATTRIBUTION")
     for name in ATTRIBUTION:

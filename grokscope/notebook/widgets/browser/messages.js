@@ -100,7 +100,7 @@ const on = {
     if (S.follow) run.w0 = run.n - WINDOW;
     use(run);
     if (S.follow) S.t = run.n - 1;
-    restore(); // or into the window
+    restore();
     selbar();
     overview();
     strip();

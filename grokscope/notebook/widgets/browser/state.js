@@ -166,7 +166,7 @@ function go(run, w0, o = {}) {
   want = { run, w0: Math.max(0, Math.min(run.T - Math.min(run.T, WINDOW), Math.round(w0))), o };
   settle();
 }
-// The position that was selected before an edited run, once the run shows it.
+// The position that was selected before an edited run, once the run shows it; one that it shows until then.
 function restore() {
   if (S.keep !== null && S.keep >= W0 && S.keep < W1) {
     S.t = S.keep;
