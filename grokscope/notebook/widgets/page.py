@@ -88,6 +88,9 @@ class Page(anywidget.AnyWidget):
 
     def __init__(self, runs: list[Run], panes: tuple[str, ...] = tuple(PANES), **draft):
         super().__init__(draft=draft)
+        # ipykernel 7.4 takes messages of a page to the subshell that the last answer to it was sent from, which is gone
+        # once the page is loaded again; without this they go where the page says.
+        vars(self.comm)["_reply_subshell_for"] = None
         self._stills: list[Any] = []
         self._runs = runs
         self._panes = panes
