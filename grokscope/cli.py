@@ -58,6 +58,9 @@ def _bar(unit: str, smallest: int):
 Mesh = Annotated[str | None, typer.Option(help="Devices, data x model, as in 1x8; one if not given.")]
 Form = Annotated[str | None, typer.Option(help="expanded, int8 or streamed (from disk); by device if not given.")]
 Memory = Annotated[str | None, typer.Option(help="Bytes that streamed weights may take, as in 20GB.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Keep the most probable tokens up to this mass.")]
+TopK = Annotated[int | None, typer.Option(help="Keep this many most probable tokens.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Folder of a checkpoint; the bundled grok-1-mini if not given.")]
 
 
@@ -69,9 +72,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
     checkpoint: Checkpoint = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to make at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Keep the most probable tokens up to this mass.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Keep this many most probable tokens.")] = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the text; may be given again.")] = None,
     numerics: Annotated[str | None, typer.Option(help="float32 or bfloat16; by device if not given.")] = None,
@@ -246,7 +249,9 @@ def dump(
     out: Annotated[Path, typer.Argument(help="Folder of the dump.")],
     capture: Wishes = None,
     max_new_tokens: Annotated[int, typer.Option(help="0: forward passes alone.")] = 0,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same texts.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Prompts at once.")] = 8,
     budget: Annotated[str | None, typer.Option(help="Refuse more bytes than this, as in 2GB.")] = None,
@@ -270,8 +275,9 @@ def dump(
     try:
         with tqdm(total=len(todo), unit=" prompts", disable=not is_first()) as bar:
             made = grok.dump(
-                todo, out, max_new_tokens, resume=resume, temperature=temperature, seed=seed, batch_size=batch_size,
-                capture=_captures(capture), budget=budget, progress=lambda done: bar.update(done - bar.n),
+                todo, out, max_new_tokens, resume=resume, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+                batch_size=batch_size, capture=_captures(capture), budget=budget,
+                progress=lambda done: bar.update(done - bar.n),
             )  # fmt: skip
     except KeyboardInterrupt:
         print(f"grokscope: interrupted; the same command with --resume goes on in {out}", file=sys.stderr)

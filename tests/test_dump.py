@@ -425,11 +425,15 @@ def test_on_the_command_line(random_checkpoint, tmp_path):
         "--capture",
         "attn_pattern:reduce=entropy",
     )
+    sampling = {"temperature": 1.5, "top_p": 0.9, "top_k": 5, "seed": 3}
+    settings = [part for name, value in sampling.items() for part in (f"--{name.replace('_', '-')}", value)]
     done = run(
-        "dump", tmp_path / "p.jsonl", tmp_path / "d", *options, "--max-new-tokens", 4, "--budget", "2GB", "--resume"
-    )
+        "dump", tmp_path / "p.jsonl", tmp_path / "d", *options, *settings, "--max-new-tokens", 4, "--budget", "2GB",
+        "--resume",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = gs.open(tmp_path / "d")
+    assert found[0].meta["sampling"] == sampling
     assert len({path.stat().st_mode for path in (tmp_path / "d").glob("*-*.*")}) == 1, (
         "all may be read by the same people"
     )
