@@ -359,6 +359,8 @@ def test_a_dump_is_read_as_its_traces(made, traces, tmp_path):
 def test_labels_that_do_not_fit(traces):
     with pytest.raises(ValueError, match="labels \"sort\"|labels 'sort'"):
         analysis.specialisation(traces, "sort")
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        analysis.specialisation(traces, "class")
     with pytest.raises(ValueError, match="3 labels for 20 Traces"):
         analysis.specialisation(traces, ["a", "b", "c"])
     with pytest.raises(ValueError, match="60 tokens and 2 labels"):

@@ -94,7 +94,7 @@ class Labels:
 
     def _function(self, by: Any, count: int) -> Callable[[int, Trace], Any]:
         named = {
-            "class": lambda _, trace: token_classes(trace.pieces),
+            "class": lambda _, trace: _classes(trace),
             "token": lambda _, trace: np.array(trace.pieces, object),
             "position": lambda _, trace: _octaves(len(trace)),
         }
@@ -144,6 +144,15 @@ class Labels:
         if len(found) != len(trace):
             raise ValueError(f"Trace {index} has {len(trace)} tokens and {len(found)} labels")
         return np.asarray(found)
+
+
+def _classes(trace: Trace) -> np.ndarray:
+    if trace.pieces == [f"<{token}>" for token in trace.tokens]:
+        raise ValueError(
+            'labels "class": the checkpoint of this Trace has no tokenizer, so its tokens have ids alone; give an array '
+            "over the vocabulary"
+        )
+    return token_classes(trace.pieces)
 
 
 def _octaves(length: int) -> np.ndarray:
