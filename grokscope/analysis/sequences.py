@@ -149,8 +149,8 @@ class Labels:
 def _classes(trace: Trace) -> np.ndarray:
     if trace.pieces == [f"<{token}>" for token in trace.tokens]:
         raise ValueError(
-            'labels "class": the checkpoint of this Trace has no tokenizer, so its tokens have ids alone; give an array '
-            "over the vocabulary"
+            'labels "class": the checkpoint of this Trace has no tokenizer, so its tokens have ids alone; give an '
+            "array over the vocabulary"
         )
     return token_classes(trace.pieces)
 
