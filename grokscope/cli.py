@@ -164,15 +164,19 @@ def routing_table(trace: gs.Trace) -> str:
     num_experts = trace.meta["config"]["num_experts"]
     share = frame.groupby("layer")["expert"].value_counts(normalize=True).unstack(fill_value=0)
     share = share.reindex(columns=range(num_experts), fill_value=0)
-    first, second = (frame.query("rank == @rank").groupby("layer")["prob"].mean() for rank in (0, 1))
+    ranks = range(min(2, trace.meta["config"]["num_selected_experts"]))
+    mean = [frame.query("rank == @rank").groupby("layer")["prob"].mean() for rank in ranks]
     even = f"{100 / num_experts:.1f} %"
     lines = [
         f"Routing of the {frame.position.nunique()} generated tokens: share of choices per expert (even is {even})",
-        "layer " + "".join(f"{f'e{e}':>6}" for e in range(num_experts)) + "   mean prob of 1st, 2nd",
+        "layer "
+        + "".join(f"{f'e{e}':>6}" for e in range(num_experts))
+        + "   mean prob of "
+        + ", ".join(("1st", "2nd")[r] for r in ranks),
     ]
     for layer, row in share.iterrows():
         cells = "".join(f"{100 * value:5.0f}%" for value in row)
-        lines.append(f"{layer:5} {cells}   {first[layer]:.2f}, {second[layer]:.2f}")
+        lines.append(f"{layer:5} {cells}   " + ", ".join(f"{m[layer]:.2f}" for m in mean))
     return "\n".join(lines)
 
 
@@ -198,7 +202,9 @@ def _captures(texts: list[str] | None) -> list | None:
                 what = "is given twice" if key in given else f"is none; there are {', '.join(SELECTORS)}"
                 raise ValueError(f"--capture {item}: the selector {key!r} {what}")
             numbers = key != "name" and re.fullmatch(r"-?\d+(,-?\d+)*", value)
-            given[key] = [int(n) for n in value.split(",")] if numbers else True if value == "true" else value
+            given[key] = [int(n) for n in value.split(",")] if numbers else value
+            if key == "later":
+                given[key] = {"true": True, "false": False}.get(value, value)
             if key == "k":
                 if not re.fullmatch(r"\d+", value):
                     raise ValueError(f"--capture {item}: k={value}: expected a whole number")
@@ -222,7 +228,8 @@ def _prompts(path: Path) -> list:
             continue
         try:
             value = json.loads(line)
-            value = value.get("prompt", value.get("tokens")) if isinstance(value, dict) else value
+            if isinstance(value, dict):
+                value = value.get("tokens") if value.get("prompt") is None else value["prompt"]
         except (ValueError, RecursionError) as err:
             raise ValueError(f"{path}, line {number}, is not JSON: {err}") from err
         if not isinstance(value, str | list) or (isinstance(value, list) and not all(type(i) is int for i in value)):
@@ -346,7 +353,9 @@ def plan(
         )  # fmt: skip
         print(text)
         return
-    grok = gs.load(checkpoint, numerics=numerics, progress=_bar(" tensors", 500))
+    from grokscope.run.engine import unloaded
+
+    grok = unloaded(checkpoint, numerics)
     x = None if prompts is None else _prompts(prompts)
     print(grok.plan(x, max_new_tokens, capture=_captures(capture), tokens=tokens, batch_size=batch_size))
 

@@ -53,6 +53,8 @@ class GrokConfig:
             raise ValueError(f"num_layers={self.num_layers}: at most {MOST_LAYERS}, as five digits number the files")
         if self.widening_factor * self.emb_size >= MOST:
             raise ValueError(f"widening_factor={self.widening_factor}: experts of {self.emb_size} would be too wide")
+        if self.ffn_size < 1:
+            raise ValueError(f"widening_factor={self.widening_factor}: experts of {self.emb_size} would have no width")
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(f"num_q_heads={self.num_q_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if self.num_selected_experts > self.num_experts:
@@ -108,7 +110,7 @@ class GrokConfig:
         """Raises ValueError naming `source` and the key at fault: unknown, missing, or of a wrong kind."""
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as err:
+        except (ValueError, RecursionError) as err:
             raise ValueError(f"{source} is not JSON: {err}") from err
         if not isinstance(values, dict):
             raise ValueError(f"{source} holds a JSON {type(values).__name__}, expected an object of sizes")

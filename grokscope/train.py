@@ -10,6 +10,7 @@ On a mesh, parameters and optimizer state lie by the letter table and each data 
 one process drives all devices. The state file holds whole arrays, so that a run begun on one mesh goes on on another.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -38,6 +39,7 @@ from grokscope.model.transformer import Positions
 from grokscope.run import engine
 from grokscope.run.compiled import keep_compiled
 from grokscope.run.decode import deferred_interrupt
+from grokscope.run.dump import lock
 from grokscope.tokenizer import Tokenizer
 
 MATRICES = {(p.module, p.name) for p in PARAMS if p.groups is not None}
@@ -375,10 +377,15 @@ def save_state(path: Path, step: int, state: dict) -> None:
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise RuntimeError(f"parameters are not finite behind step {step}: {DIVERGED}")
     partial = path.with_name(path.name + ".partial")
+    partial.touch()  # save_file alone lets nobody else read it
+    mode = partial.stat().st_mode
     try:
         save_file({**arrays, "step": np.array(step)}, partial)
     except SafetensorError as err:
         raise OSError(f"{partial} cannot be written: {err}") from err
+    partial.chmod(mode)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 
@@ -422,8 +429,8 @@ def train(
     another mesh: the same but for rounding. `report` gets a row every 50 steps (step, nats, load_balance, router_z,
     least and greatest expert share, tokens per second), also appended to `out/log.jsonl`. Raises FileExistsError if
     `out/checkpoint` exists, ValueError if `out` was begun with something else or if model, tokenizer, data, mesh and
-    recipe do not fit one another, OSError where there is no room, and RuntimeError where loss or parameters are not
-    finite any more.
+    recipe do not fit one another, OSError where there is no room, and RuntimeError where another process trains in
+    `out`, or loss or parameters are not finite any more.
     """
     keep_compiled()
     out = Path(out)
@@ -432,10 +439,11 @@ def train(
     ckpt0.refuse_contents(out / "checkpoint")
     config, own = (start, None) if isinstance(start, GrokConfig) else (start.config, start.tokenizer)
     devices = _devices(config, recipe, mesh)
-    with sharding.on(devices), deferred_interrupt() as interrupted:
+    with contextlib.ExitStack() as held, sharding.on(devices), deferred_interrupt() as interrupted:
         ids = _training_ids(data, recipe, config, tokenizer)
         _require_room(out, config)
         out.mkdir(parents=True, exist_ok=True)
+        held.enter_context(lock(out))
         begun = _begun(recipe, start, ids)
         _same_run(out, begun)
         first, state = _first_state(out, recipe, start, devices)
@@ -567,6 +575,8 @@ def _same_run(out: Path, begun: dict) -> None:
     except (ValueError, TypeError, KeyError) as err:
         raise ValueError(f"{path} is damaged ({err}); delete it to go on with {out} all the same") from err
     changed = [name for name in begun if before.get(name) != begun[name]]
+    if "data" not in changed and [*before["data"]] != [*begun["data"]]:  # batches are drawn from them in turn
+        changed.append("order of its data")
     if changed:
         there, now = before["recipe"], begun["recipe"]
         settings = [f"{name} {there[name]}, now {now[name]}" for name in now if there[name] != now[name]]

@@ -242,6 +242,7 @@ def test_hash_sees_a_router_and_a_size(checkpoint):
         ({"emb_size": 4.5}, "whole number"),
         ({"widening_factor": "8"}, "positive number"),
         ({"widening_factor": 1e30}, "too wide"),
+        ({"widening_factor": 1e-3}, "no width"),
         ({"emb_size": 10**400}, "whole number from 0, below"),
         ({"num_layers": 100_000_000}, "at most 8192"),
         ({"eos_token": 500}, "outside the vocabulary"),

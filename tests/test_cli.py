@@ -1,13 +1,16 @@
 """The command line as a user meets it."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import HERE
+from conftest import HERE, small_config, write_random
 
 import grokscope as gs
+from grokscope.checkpoint import ckpt0
+from grokscope.cli import routing_table
 from grokscope.run.engine import bundled_checkpoint
 
 
@@ -36,8 +39,6 @@ def test_verify(tmp_path):
     assert run("verify", bundled_checkpoint()).stdout.strip().endswith("ok")
     found = run("verify", HERE / "golden" / "tiny")
     assert "cannot be seen" in found.stdout
-    import shutil
-
     broken = shutil.copytree(HERE / "golden" / "tiny", tmp_path / "broken")
     (broken / "ckpt-0" / "tensor00004_000").write_bytes(b"")
     found = run("verify", broken, code=1)
@@ -77,11 +78,13 @@ def test_rehearse(tmp_path):
         (("plan", "--tokens", "9", "--mesh", "2x2"), "--mesh, --context and --weights go with --model"),
         (("dump", "latin.jsonl", "o"), "latin.jsonl is not UTF-8 text"),
         (("dump", "deep.jsonl", "o"), "deep.jsonl, line 1, is not JSON"),
+        (("plan", "--tokens", "9", "--capture", "attn_pattern:later=1"), "later='1': expected True or False"),
+        (("plan", "--tokens", "9", "--capture", "attn_pattern:phase=decode"), "is about no position"),
         (("dump", "words.jsonl", "o"), "words.jsonl, line 2: expected a text, a list of ids"),
     ],
 )
 def test_errors_are_one_line(args, words, tmp_path):
-    (tmp_path / "words.jsonl").write_text('[5]\n["a", "b"]\n')
+    (tmp_path / "words.jsonl").write_text('{"prompt": null, "tokens": [5]}\n["a", "b"]\n')
     (tmp_path / "latin.jsonl").write_bytes('"é"'.encode("latin-1"))
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     found = run(*args, code=1, cwd=tmp_path)
@@ -90,6 +93,23 @@ def test_errors_are_one_line(args, words, tmp_path):
     assert words in last
     assert "Traceback" not in found.stderr
     assert "Traceback" in run(*args, "--debug", code=1, cwd=tmp_path).stderr
+
+
+def test_a_plan_reads_no_weights(tmp_path):
+    broken = shutil.copytree(HERE / "golden" / "tiny", tmp_path / "broken")
+    experts = ckpt0.slots(gs.GrokConfig.read(broken / "config.json"))[2]
+    assert experts.param.module == "layer/experts"
+    os.truncate(broken / "ckpt-0" / experts.file, 0)
+    found = run("plan", "--tokens", 9, "--capture", "attn_pattern:later=false", "--checkpoint", broken)
+    assert "attn_pattern" in found.stdout
+    assert not found.stderr
+
+
+def test_a_routing_table_of_one_expert_a_token(tmp_path):
+    with gs.load(write_random(tmp_path / "one", small_config(num_selected_experts=1))) as one:
+        head, *rows = routing_table(one.generate([5, 6], 4, stop_at_eos=False)).splitlines()[1:]
+    assert head.endswith("mean prob of 1st")
+    assert len(rows) == 3
 
 
 def test_nothing_is_generated_for_a_folder_that_is_taken(tmp_path):

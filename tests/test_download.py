@@ -1,6 +1,7 @@
 """Downloads, from servers on loopback that break: what is there is not fetched again, and all is verified after."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import http.server
@@ -252,6 +253,28 @@ def test_grok_1_needs_more_room(hub, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"needs 321 GB more \(318 GB and 1 % to spare, less 0 B .* has 318 GB free"):
         download.hub(tmp_path / "to")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_another_model_stays_as_it_is(hub, target):
+    config = gs.GrokConfig.read(target / "config.json")
+    (target / "config.json").write_text(dataclasses.replace(config, num_layers=1).to_json())
+    found = run(hub, target, code=1)
+    assert "another model, of 14 tensor files, and xai-org/grok-1 has 26; choose another folder" in found.stderr
+    assert hub.sent == 0
+    with pytest.raises(ValueError, match="another model, and the torrent is Grok-1's"):
+        download.torrent(target)
+    assert [path.name for path in target.iterdir()] == ["config.json"]
+
+
+def test_the_torrents_folder_is_the_one_with_files_of_its_size(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "ckpt-0").mkdir(parents=True)
+        (tmp_path / name / "ckpt-0" / "tensor00000_000").touch()
+    download._link(tmp_path)
+    assert not (tmp_path / "ckpt-0").exists()
+    os.truncate(tmp_path / "b" / "ckpt-0" / "tensor00000_000", ckpt0.RELEASED_SIZES["in_out_embed/embeddings"])
+    download._link(tmp_path)
+    assert (tmp_path / "ckpt-0").readlink() == Path("b/ckpt-0")
 
 
 def test_what_is_there_needs_no_room(target, monkeypatch):

@@ -198,6 +198,24 @@ def test_a_part_that_cannot_be_written(small, tmp_path, monkeypatch):
         small.dump(PROMPTS[:2], tmp_path / "d")
 
 
+def test_a_save_that_was_cut_short_is_made_anew(small, tmp_path, monkeypatch):
+    """Its folder holds files of a part that no manifest lists."""
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    trace = small.trace([5, 6, 7])
+    with monkeypatch.context() as at, pytest.raises(OSError, match=r"tokens-00000000.* cannot be written: No space"):
+        at.setattr(dump_module.pq, "write_table", full)
+        trace.save(tmp_path / "d")
+    (tmp_path / "d" / "router-00000000.parquet.partial").touch()
+    assert (tmp_path / "d" / "act-00000000.safetensors").exists()
+    same(gs.open(trace.save(tmp_path / "d")), trace)
+    assert not [*tmp_path.glob("d/*.partial")]
+    with pytest.raises(FileExistsError, match="not an empty folder; choose a new one"):
+        trace.save(tmp_path / "d")
+
+
 def test_forward_passes_interrupted_and_resumed(small, tmp_path, many_parts):
     """To the bit too, though what is made again of a batch is what was missing of it."""
     whole = small.dump(PROMPTS, tmp_path / "whole", capture=CAPTURE)

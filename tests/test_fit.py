@@ -7,6 +7,7 @@ import pytest
 import grokscope as gs
 from grokscope.model.sharding import make_mesh, on
 from grokscope.model.transformer import KVCache
+from grokscope.run import fit as fit_module
 from grokscope.run.decode import cache_length
 from grokscope.run.fit import fits, table
 
@@ -51,7 +52,10 @@ def test_what_was_compiled_before_says_the_same(tmp_path, monkeypatch):
     assert list(tmp_path.rglob("*-cache"))
 
 
-def test_what_cannot_be_planned_says_why():
+def test_what_cannot_be_planned_says_why(monkeypatch):
+    monkeypatch.setattr(fit_module, "_compiled_apart", lambda *_: pytest.fail("it compiled first"))
+    with pytest.raises(KeyError, match="no tap named"):
+        fits(gs.GROK_1, ["1x8"], context=100, batch=1, capture="nope")
     with pytest.raises(ValueError, match=r"divides 32768"):
         fits(gs.GROK_1, ["1x3"], context=100, batch=1)
     with pytest.raises(ValueError, match="data x model"):

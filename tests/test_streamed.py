@@ -5,6 +5,8 @@ import pytest
 from conftest import small_config, write_random
 
 import grokscope as gs
+from grokscope.checkpoint import ckpt0
+from grokscope.checkpoint.tensorfile import Tensor
 from grokscope.checkpoint.weights import stored_bytes
 
 MOMENTS, OF_ONE_LAYER = gs.capture("resid_mid", reduce="moments"), gs.capture("q", layers=1)
@@ -108,6 +110,21 @@ def test_budgets_that_are_none(checkpoint, sizes):
         gs.load(checkpoint, memory="20GB")
     with pytest.raises(ValueError, match="memory='much'"):
         gs.load(checkpoint, weights="streamed", memory="much")
+
+
+def test_matrices_stored_as_floats_stay_within_the_budget(tmp_path):
+    def floats(slot):
+        value = np.random.default_rng(slot.index).standard_normal(slot.param.shape(config)).astype(np.float32)
+        return Tensor(value / 10)
+
+    config = small_config(num_layers=2)
+    path = ckpt0.write(tmp_path / "floats", config, floats)
+    memory = stored_bytes(config, np.dtype(np.float32), "expanded").least
+    with gs.load(path, weights="streamed", memory=memory) as streamed, gs.load(path, weights="expanded") as resident:
+        equal(streamed.trace([7, 8, 9]), resident.trace([7, 8, 9]))
+        assert streamed._weights.nbytes <= memory
+    with pytest.raises(MemoryError, match=f"takes {memory} bytes at least"):
+        gs.load(path, weights="streamed", memory=memory - 1)
 
 
 def test_a_file_that_goes_missing_says_so_and_the_model_goes_on(tmp_path):

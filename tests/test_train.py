@@ -20,6 +20,7 @@ from grokscope import train
 from grokscope.checkpoint import ckpt0
 from grokscope.model import sharding, transformer
 from grokscope.model.taps import TAPS
+from grokscope.run.dump import lock
 from grokscope.run.engine import bundled_checkpoint
 
 CONFIG = small_config(vocab_size=64, num_layers=2, embedding_multiplier_scale=48**0.5)
@@ -438,6 +439,11 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     (tmp_path / "state.safetensors").touch()
     (tmp_path / "recipe.json").write_text(json.dumps(older))
     train._same_run(tmp_path, begun)
+    two = {**begun, "data": begun["data"] | {"y": [0.5, 100, 1234]}}
+    (tmp_path / "recipe.json").write_text(json.dumps(two))
+    with pytest.raises(ValueError, match="another order of its data"):
+        train._same_run(tmp_path, two | {"data": dict(reversed(two["data"].items()))})
+    (tmp_path / "recipe.json").write_text(json.dumps(older))
     with pytest.raises(ValueError, match="another recipe"):
         train._same_run(tmp_path, other)
     (tmp_path / "state.safetensors").unlink()  # nothing of it is there: any settings do
@@ -470,6 +476,9 @@ def test_what_lies_beside_a_run(data, random_few, tmp_path):
     ids = np.fromfile(next(other.glob("train.*.u16")), "<u2")
     ids[::-1].tofile(next(other.glob("train.*.u16")))
     refused(ValueError, "begun with another data", other, dataclasses.replace(SHORT, steps=1))
+    with lock(run):
+        refused(RuntimeError, "being written by another process")
+    assert (run / "state.safetensors").stat().st_mode == (run / "log.jsonl").stat().st_mode
     (run / "recipe.json").unlink()
     state = load_file(run / "state.safetensors")
     save_file(state | {"step": np.array(9)}, run / "state.safetensors")

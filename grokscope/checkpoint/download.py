@@ -51,8 +51,16 @@ def download(directory: Path | str, fetch: Callable[[Path], None], progress: Pro
 
 def expected_bytes(directory: Path) -> int:
     """What the weights take on disk once they are there."""
+    return ckpt0.payload_bytes(_config(directory))
+
+
+def _config(directory: Path) -> GrokConfig:
     path = directory / "config.json"
-    return ckpt0.payload_bytes(GrokConfig.read(path) if path.exists() else GROK_1)
+    return GrokConfig.read(path) if path.exists() else GROK_1
+
+
+def _other_model(directory: Path, why: str) -> ValueError:
+    return ValueError(f"{directory} has the config.json of another model, {why}; choose another folder (--to)")
 
 
 def present_bytes(directory: Path) -> int:
@@ -81,6 +89,8 @@ def hub(directory: Path, progress: Callable[[int], Any] = lambda count: None, re
         ) from err
     _prepare(directory)
     revision, files = _listing(repository)
+    if len(files) != (expected := len(ckpt0.slots(_config(directory)))):
+        raise _other_model(directory, f"of {expected} tensor files, and {repository} has {len(files)}")
     stop = threading.Event()
 
     def count(size: int) -> None:
@@ -174,6 +184,8 @@ def torrent(directory: Path, magnet: str = MAGNET) -> None:
             f"{magnet}\nIt needs {look.si(expected_bytes(directory), 'B')} on disk. With aria2c, which resumes:\n"
             f"{shlex.join(command)}"
         )
+    if magnet == MAGNET and _config(directory) != GROK_1:
+        raise _other_model(directory, "and the torrent is Grok-1's")
     _prepare(directory)
     if any(directory.rglob("tensor*_000")) and not any(directory.glob("*.aria2")):  # no record of what is there
         command.insert(1, "--check-integrity=true")
@@ -192,7 +204,10 @@ def torrent(directory: Path, magnet: str = MAGNET) -> None:
 
 def _link(directory: Path) -> None:
     """ckpt-0 -> where the torrent keeps its files, so that they can be checked and seeded as they lie."""
-    link, first = directory / "ckpt-0", next(directory.rglob(ckpt0.slots(GROK_1)[0].file), None)
+    slot = ckpt0.slots(GROK_1)[0]
+    sizes = [ckpt0.RELEASED_SIZES[slot.param.path]] if _config(directory) == GROK_1 else []
+    found = (path for path in directory.rglob(slot.file) if not sizes or path.stat().st_size in sizes)
+    link, first = directory / "ckpt-0", next(found, None)
     if first is None or first.parent in (directory, link) or link.is_symlink():
         return
     if link.exists():

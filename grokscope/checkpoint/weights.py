@@ -278,7 +278,10 @@ class Streamed:
         self._slots: dict[int | None, list[Slot]] = {}
         for slot in slots(reader.config):
             self._slots.setdefault(slot.layer, []).append(slot)
-        sizes = stored_bytes(reader.config, reader.dtype, reader.form)
+        floats = any(  # as a checkpoint of another origin may have matrices
+            reader.checkpoint.read(slot).scales is None for slot in self._slots[0] if slot.param.groups is not None
+        )
+        sizes = stored_bytes(reader.config, reader.dtype, "expanded" if floats else reader.form)
         spare = memory - sizes.least
         if spare < 0:
             raise MemoryError(

@@ -177,6 +177,8 @@ def capture(
         labels = labels.astype(np.int32)
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
         raise ValueError(f"k={k!r}: expected a whole number from 1")
+    if not isinstance(later, bool):
+        raise TypeError(f"later={later!r}: expected True or False")
     if later and (tap_names(tap) != ["attn_pattern"] or reduce):
         raise ValueError('later=True is for a plain "attn_pattern": it keeps q and k in its place')
     return Capture(

@@ -16,11 +16,12 @@ import functools
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import ml_dtypes
 import numpy as np
@@ -49,16 +50,37 @@ def refuse_existing(directory: Path | str) -> None:
     if not directory.exists() or (directory.is_dir() and _begun_only(directory)):
         return
     if not directory.is_dir() or any(directory.iterdir()):
-        begun = "it holds a dump: resume it, or " if (directory / "manifest.json").exists() else ""
+        begun = "it holds a dump: resume it, or " if _may_go_on(directory) else ""
         raise FileExistsError(f"{directory} exists and is not an empty folder; {begun}choose a new one, or delete it")
 
 
+def _may_go_on(directory: Path) -> bool:
+    """Whether `resume` may go on there: not with the dump of a single Trace, which is written at once."""
+    try:
+        return not _manifest(directory, empty=True)["about"].get("single")
+    except (FileNotFoundError, ValueError):
+        return False
+
+
 def _begun_only(directory: Path) -> bool:
-    """Whether there is nothing but the lock, and perhaps the manifest, of a dump that never had a part."""
+    """Whether there is nothing but what is left of a dump that never had a part: the lock, perhaps the manifest, and
+    files of a part that was cut short."""
     names = {path.name for path in directory.iterdir()}
-    if names == {".lock"}:
-        return True
-    return names == {".lock", "manifest.json"} and not _manifest(directory, empty=True)["parts"]
+    ours = re.compile(rf"\.lock|manifest\.json|((act|{'|'.join(TABLES)})-0{{8}}\.\w+|manifest\.json)(\.partial)?")
+    if ".lock" not in names or not all(ours.fullmatch(name) for name in names):
+        return False
+    return "manifest.json" not in names or not _manifest(directory, empty=True)["parts"]
+
+
+def lock(directory: Path) -> TextIO:
+    """Held until it is closed. Raises RuntimeError where another process has it."""
+    file = (directory / ".lock").open("w")  # stays: who deletes it may delete another's
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as err:
+        file.close()
+        raise RuntimeError(f"{directory} is being written by another process") from err
+    return file
 
 
 def save(trace: Trace, directory: Path | str) -> Path:
@@ -143,15 +165,13 @@ class Writer:
 
     def __enter__(self) -> "Writer":
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.directory / ".lock").open("w")  # stays: who deletes it may delete another's
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as err:
-            self._lock.close()
-            raise RuntimeError(f"{self.directory} is being written by another process") from err
+        self._lock = lock(self.directory)
         try:
             if (self.directory / "manifest.json").exists():
                 self._go_on(_manifest(self.directory, empty=True))
+            if not self.manifest["parts"] and _begun_only(self.directory):
+                for path in self.directory.glob("*-*.*"):  # of a part that was cut short
+                    path.unlink()
             self._write_manifest()
         except BaseException:
             self._lock.close()
@@ -209,9 +229,12 @@ def _save_table(traces: dict[int, Trace], table: str, path: Path) -> None:
     typed = {n: pa.array(joined[n], pa.string()) for n in ("piece", "phase")}  # of no rows no type could be inferred
     if "logprob" in joined:  # that of a first token is null, so that sums leave it out
         typed["logprob"] = pa.array(joined["logprob"], pa.float32(), from_pandas=True)
-    pq.write_table(
-        pa.table(joined | typed), path, compression="zstd", use_dictionary=others, use_byte_stream_split=floats
-    )
+    try:
+        pq.write_table(
+            pa.table(joined | typed), path, compression="zstd", use_dictionary=others, use_byte_stream_split=floats
+        )
+    except OSError as err:
+        raise OSError(f"{path} cannot be written: {err}") from err
 
 
 def _some(prompts: int | Iterable[int]) -> list[int]:

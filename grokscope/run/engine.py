@@ -157,10 +157,7 @@ def load(
         that does not fit. MemoryError: too little `memory` to stream.
     """
     checkpoint = open_checkpoint(bundled_checkpoint() if path is None else path)
-    if numerics is None:
-        numerics = default_numerics()
-    if numerics not in NUMERICS:
-        raise ValueError(f"numerics={numerics!r}; expected one of {', '.join(NUMERICS)}, or None")
+    numerics = _numerics(numerics)
     if weights not in (None, "expanded", "int8", "streamed"):
         raise ValueError(f'weights={weights!r}; expected "expanded", "int8", "streamed" or None')
     if memory is not None and weights != "streamed":
@@ -176,6 +173,20 @@ def load(
         reader = Reader(checkpoint, dtype, weights or default_form(checkpoint.config, dtype), devices)
         loaded = load_weights(reader, progress)
     return Grok(checkpoint, loaded, tokens, numerics)
+
+
+def unloaded(path: Path | str | None = None, numerics: str | None = None) -> "Grok":
+    """A Grok of one device for `plan` alone: of its checkpoint it reads sizes and tokenizer, and no weights."""
+    checkpoint = open_checkpoint(bundled_checkpoint() if path is None else path)
+    made = Grok(checkpoint, Weights({}, [], "int8"), open_tokenizer(checkpoint, None), _numerics(numerics))
+    made.close()
+    return made
+
+
+def _numerics(asked: str | None) -> str:
+    if asked not in (None, *NUMERICS):
+        raise ValueError(f"numerics={asked!r}; expected one of {', '.join(NUMERICS)}, or None")
+    return asked or default_numerics()
 
 
 def _set_process(mesh: Mesh | None) -> None:
@@ -550,13 +561,6 @@ class Grok:
         """A call, checked, with the edits of this moment."""
         batch_size = _from_one("batch_size", batch_size)
         made, changes, hooks = self._hooks(capture, [len(prompt) for prompt in prompts], limit)
-        for missed in misses(hooks, (*hooks.kept, *changes)):
-            what = f"capture {missed.key!r}" if isinstance(missed, captures.Kept) else f"edit of {missed.kind.tap}"
-            lengths = sorted({len(prompt) for prompt in prompts})
-            raise ValueError(
-                f"the {what} is about no position: prompts have {lengths[0]} to {lengths[-1]} tokens, {limit} may "
-                f"follow, and it asks for {missed.where.json()}"
-            )
         refuse_over(budget, hooks, batch_size, self.numerics, self._mesh, self._form == "streamed")
         rows = Sampling.rows(len(prompts), self.config.vocab_size, **sampling)
         jobs = [self.job(prompt, limit, row, ending) for row, prompt in enumerate(prompts)]
@@ -571,7 +575,14 @@ class Grok:
         changes = edits.changes(made, self.config)
         sequences = [Length(length, limit) for length in lengths]
         edits.refuse_impossible_routes(changes, self.config, sequences)
-        return made, changes, Hooks(self.config, kept, changes, sequences)
+        hooks = Hooks(self.config, kept, changes, sequences)
+        for missed in misses(hooks, (*hooks.kept, *changes)):
+            what = f"capture {missed.key!r}" if isinstance(missed, captures.Kept) else f"edit of {missed.kind.tap}"
+            raise ValueError(
+                f"the {what} is about no position: prompts have {min(lengths)} to {max(lengths)} tokens, {limit} may "
+                f"follow, and it asks for {missed.where.json()}"
+            )
+        return made, changes, hooks
 
     def job(self, prompt: np.ndarray, limit: int, row: int, ending: Ending | None) -> Job:
         job = Job(prompt, limit, row, lambda *_: None)

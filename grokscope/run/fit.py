@@ -91,13 +91,12 @@ def fits(
     for mesh in asked:
         if not re.fullmatch(r"\d+x\d+", mesh) or mesh not in meshes(config, math.prod(_axes(mesh))):
             raise ValueError(f"mesh={mesh!r}: expected data x model, and a model axis that divides {config.ffn_size}")
+    kept = captures.resolve(capture, config)  # before a minute of compiling
     temporaries = _compiled_apart(config, asked, context, batch, numerics, form)
-    return [
-        _fit(config, m, t, context, batch, capture, numerics, form) for m, t in zip(asked, temporaries, strict=True)
-    ]
+    return [_fit(config, m, t, context, batch, kept, numerics, form) for m, t in zip(asked, temporaries, strict=True)]
 
 
-def _fit(config, mesh: str, temporaries: int, context: int, batch: int, capture, numerics: str, form) -> Fit:
+def _fit(config, mesh: str, temporaries: int, context: int, batch: int, kept, numerics: str, form) -> Fit:
     devices = AbstractMesh(_axes(mesh), ("data", "model"))
     weights = stored_bytes(config, np.dtype(numerics), form, devices).whole(config)
     sequences, slots, length, rows = _shapes(context, batch, devices)
@@ -108,7 +107,7 @@ def _fit(config, mesh: str, temporaries: int, context: int, batch: int, capture,
     positions = rows * sum(block_lengths(context - 1))
     stream = 2 * positions * config.emb_size * np.dtype(numerics).itemsize  # into a layer, and out
     stream += positions * 4 * (1 + config.key_size)  # and where it stands
-    hooks = Hooks(config, captures.resolve(capture, config), (), sequences)
+    hooks = Hooks(config, kept, (), sequences)
     of_captures = priced(hooks, batch, numerics, devices, streamed=False).total["device"]
     cache = 2 * config.num_layers * device_bytes(caches)
     return Fit(mesh, weights, cache, temporaries + stream, of_captures)
