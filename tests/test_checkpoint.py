@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -170,6 +171,28 @@ def test_a_folder_where_a_file_should_be(checkpoint):
     (checkpoint / "ckpt-0" / "tensor00003_000").unlink()
     (checkpoint / "ckpt-0" / "tensor00003_000").mkdir()
     fault(checkpoint, "tensor00003_000", "not a file")
+
+
+def test_a_tokenizer_that_is_none(checkpoint):
+    (checkpoint / "tokenizer.model").write_text("<!DOCTYPE html>")
+    (problem,) = ckpt0.verify(checkpoint).problems
+    assert "tokenizer.model is not a SentencePiece model" in problem
+
+
+def test_ctrl_c_at_the_end_of_writing_leaves_nothing(tmp_path, monkeypatch):
+    """Parts are moved into their place one by one."""
+    plain, moved = Path.rename, []
+
+    def rename(path, target):
+        moved.append(plain(path, target))
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as at, pytest.raises(KeyboardInterrupt):
+        at.setattr(Path, "rename", rename)
+        write_random(tmp_path / "c", small_config(num_layers=1))
+    assert not (tmp_path / "c").exists()
+    assert ckpt0.verify(write_random(tmp_path / "c", small_config(num_layers=1))).ok
 
 
 def test_existing_folders_are_not_written_over(random_checkpoint):

@@ -21,6 +21,7 @@ from grokscope.checkpoint.tensorfile import Tensor, TensorFileError
 from grokscope.config import GROK_1, GrokConfig
 from grokscope.model.params import GLOBAL_PARAMS, LAYER_PARAMS, Param
 from grokscope.model.quant import QuantizedWeight, quantize
+from grokscope.tokenizer import Tokenizer
 
 SUMS = "SHA256SUMS"
 UNFINISHED = ".unfinished"  # folder inside of a checkpoint that is being written
@@ -182,16 +183,20 @@ def write(
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     require_room(directory, payload_bytes(config))
     new = not directory.exists()
+    finished: list[Path] = []
     try:
         _write(partial, config, weight, tokenizer, progress)
+        finished = sorted(partial.iterdir(), key=lambda path: path.name == "config.json")  # last: without, it is none
+        for path in finished:
+            path.rename(directory / path.name)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for path in (directory / path.name for path in finished):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         if new:
             with contextlib.suppress(OSError):  # somebody put something there
                 directory.rmdir()
         raise
-    for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):  # last: without, it is none
-        path.rename(directory / path.name)
     partial.rmdir()
     return directory
 
@@ -278,8 +283,8 @@ class Report:
 
 
 def verify(directory: Path | str, progress: Progress = iter) -> Report:
-    """Checks file set, sizes, headers, shapes, types, finite values and, where present, SHA256SUMS. Never raises for
-    what a tensor file holds; raises as `open_checkpoint` does where there is no checkpoint. Runs no pickle code."""
+    """Checks file set, sizes, headers, shapes, types, finite values and, where present, tokenizer and SHA256SUMS. Never
+    raises for what a file holds; raises as `open_checkpoint` does where there is no checkpoint. Runs no pickle code."""
     checkpoint = open_checkpoint(directory)
     expected = slots(checkpoint.config)
     report = Report(checkpoint, 0, 0, [], [])
@@ -306,6 +311,11 @@ def verify(directory: Path | str, progress: Progress = iter) -> Report:
             f"No {SUMS}: a swap of files of equal shape (key and value, two norms, two layers) "
             "cannot be seen in this format."
         )
+    if checkpoint.tokenizer is not None:
+        try:
+            Tokenizer(checkpoint.tokenizer, checkpoint.config.vocab_size)
+        except ValueError as err:
+            report.problems.append(str(err))
     if checkpoint.config == GROK_1:
         report.notes += _known_figures(checkpoint, report)
     return report
