@@ -11,7 +11,7 @@ import pytest
 
 import grokscope as gs
 
-pytest.importorskip("ipyparallel", reason="the extra `cluster` is not installed")
+cluster_module = pytest.importorskip("grokscope.notebook.cluster", reason="the extra `cluster` is not installed")
 
 PROMPTS = ["The old keeper of the lighthouse wrote", "In the beginning", "7 + 5 ="]
 ON_CPU = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
@@ -105,6 +105,85 @@ def test_what_was_asked_wrongly_leaves_it_whole(cluster):
     with pytest.raises(ZeroDivisionError):
         cluster.generate(PROMPTS[0], 5, on_token=lambda event: 1 / 0)
     assert cluster.generate(PROMPTS[0], 3).meta["finish"] == "length"
+
+
+def test_stopped_at_the_last_token(cluster):
+    def stop(event: gs.TokenEvent) -> None:
+        if event.position == start + 3:
+            raise KeyboardInterrupt
+
+    start = len(cluster.encode(PROMPTS[0]))
+    trace = cluster.generate(PROMPTS[0], 4, on_token=stop, stop_at_eos=False)
+    assert (len(trace), trace.meta["finish"]) == (start + 4, "interrupt")
+
+
+def test_functions_are_as_they_are_when_a_call_begins(cluster, grok, tmp_path, monkeypatch):
+    """Those of modules too, which an engine imports once, or cannot; what is the same is compiled once."""
+    (tmp_path / "of_the_user.py").write_text(
+        "FACTOR = 1.0\ndef fn(value, layer, positions):\n    return value * FACTOR\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import of_the_user
+
+    for factor in (1.0, 0.0, 1.0):
+        of_the_user.FACTOR = factor
+        with cluster.edits(gs.edit("attn_delta", of_the_user.fn)), grok.edits(gs.edit("attn_delta", of_the_user.fn)):
+            agree(cluster.trace(PROMPTS[0]), grok.trace(PROMPTS[0]))
+    held = "len(__import__('grokscope.run.worker', fromlist=['_worker'])._worker.functions)"
+    assert cluster._client[cluster._engines[1]].apply_sync(eval, held) == 2
+
+
+def test_an_error_of_the_users_own(cluster):
+    class MineError(Exception):
+        def __init__(self, what, where):
+            super().__init__(f"{what} at {where}")
+
+    def fails(value, layer, positions):
+        raise MineError("mine", "home")
+
+    with cluster.edits(gs.edit("attn_delta", fails)), pytest.raises(RuntimeError, match="MineError: mine at home"):
+        cluster.trace(PROMPTS[0])
+    assert cluster.generate(PROMPTS[0], 3).meta["finish"] == "length"
+
+
+def test_an_engine_that_fails_alone_says_why(cluster, monkeypatch):
+    monkeypatch.setattr(cluster_module, "GRACE", 1.0)
+
+    def fails(value, layer, positions):
+        import jax
+
+        if jax.process_index() == 1:
+            raise OSError("its disk is gone")
+        return value
+
+    with (
+        cluster.edits(gs.edit("attn_delta", fails)),
+        pytest.raises(gs.ClusterError, match=r"engine 1 failed alone \(OSError: its disk is gone\) while .*restart"),
+    ):
+        cluster.trace(PROMPTS[0])
+    with pytest.raises(gs.ClusterError, match="restart"):
+        cluster.trace(PROMPTS[0])
+    with monkeypatch.context() as at, pytest.raises(KeyboardInterrupt):
+        at.setattr(cluster_module.Cluster, "_join", raising(KeyboardInterrupt))
+        cluster.restart()
+    with pytest.raises(gs.ClusterError, match=r"did not come back; .*restart\(\)"):
+        cluster.trace(PROMPTS[0])
+    cluster.restart()
+    process = cluster._client[cluster._engines[1]].apply_sync(os.getpid)
+    os.kill(process, 9)
+    while cluster._engines[1] in cluster._client.ids:
+        time.sleep(0.1)
+    with pytest.raises(gs.ClusterError, match=r"engine 1 was lost while beginning.*restart\(\)"):
+        cluster.trace(PROMPTS[0])
+    cluster.restart()
+    assert cluster.generate(PROMPTS[0], 3).meta["finish"] == "length"
+
+
+def raising(error):
+    def fails(*_):
+        raise error
+
+    return fails
 
 
 @pytest.mark.parametrize("when", ["prefill", "decode", "gather"])

@@ -8,8 +8,10 @@ An engine that is lost takes the JAX job with it: every wait watches for that, a
 import contextlib
 import functools
 import pickle
+import sys
+import sysconfig
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,17 +138,22 @@ class Cluster(Grok):
         if self._lost:
             raise ClusterError(f"{self._lost}; bring the engines back with restart()")
         packed = cloudpickle.dumps(arguments)
+        self._refuse_gone(doing)
         return self._answered([self._client[i].apply_async(worker.call, method, packed) for i in self._engines], doing)
 
+    def _refuse_gone(self, doing: str) -> None:
+        gone = sorted(set(self._engines) - set(self._client.ids))
+        if gone:
+            raise self._is_lost(f"engine {', '.join(map(str, gone))} was lost while {doing}")
+
     def _answered(self, calls: list, doing: str, timeout: float | None = None):
-        """Waits for all; raises at once if an engine is gone, and soon after one that fails alone."""
+        """The first one's, of all. Raises at once if an engine is gone, and soon after one that fails alone."""
         end = None if timeout is None else time.monotonic() + timeout
         failed_at = None
+        answers: dict[int, tuple[bool, Any]] = {}  # by rank
         while waiting := [call for call in calls if not call.ready()]:
-            gone = sorted(set(self._engines) - set(self._client.ids))
-            if gone:
-                raise self._is_lost(f"engine {', '.join(map(str, gone))} was lost while {doing}")
-            if any(call.ready() and not call.successful() for call in calls):
+            self._refuse_gone(doing)
+            if _errors(calls, answers) or any(call.ready() and not call.successful() for call in calls):
                 failed_at = failed_at or time.monotonic()
                 if time.monotonic() - failed_at > GRACE:
                     break
@@ -158,10 +165,13 @@ class Cluster(Grok):
                 error = call.exception()
                 what = "was lost" if getattr(error, "ename", "") == "EngineError" else f"failed ({error})"
                 raise self._is_lost(f"engine {self._engines[rank]} {what} while {doing}") from error
-        ok, result = pickle.loads(calls[0].get())
-        if not ok:
-            raise result
-        return result
+        errors = _errors(calls, answers)
+        for rank, error in errors.items():
+            if len(errors) == len(calls) or doing == "loading":
+                raise error
+            what = f"failed alone ({type(error).__name__}: {error})"  # the others wait for it, or have gone on
+            raise self._is_lost(f"engine {self._engines[rank]} {what} while {doing}") from error
+        return answers[0][1]
 
     def _is_lost(self, why: str) -> ClusterError:
         self._lost = why
@@ -184,6 +194,7 @@ class Cluster(Grok):
         if isinstance(self._options["engines"], ipyparallel.Client):
             raise ClusterError("these engines were started elsewhere; start them again there, and call cluster anew")
         with self._alone():
+            self._lost = "the engines were stopped, and did not come back"
             self._stop()
             self._loaded = self._start()
 
@@ -211,6 +222,37 @@ class Cluster(Grok):
         }
 
 
+def _errors(calls: list, answers: dict[int, tuple[bool, Any]]) -> dict[int, Exception]:
+    """Adds the answers that have come, and gives the errors among them, by rank."""
+    for rank, call in enumerate(calls):
+        if rank not in answers and call.ready() and call.successful():
+            answers[rank] = pickle.loads(call.get())
+    return {rank: result for rank, (ok, result) in answers.items() if not ok}
+
+
+@contextlib.contextmanager
+def _by_value(functions: Iterable[Callable]) -> Iterator[None]:
+    """Pickles functions of the user's modules as they are now: by name, an engine would take its own, imported once."""
+    parts = [part for fn in functions for part in (fn, getattr(fn, "func", fn), type(getattr(fn, "__self__", fn)))]
+    already = {"__main__", *cloudpickle.list_registry_pickle_by_value()}
+    names = {getattr(part, "__module__", None) for part in parts} - already
+    own = [sys.modules[name] for name in names if name in sys.modules and not _installed(name)]
+    for module in own:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        for module in own:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def _installed(name: str) -> bool:
+    """Whether a module is the same on every engine."""
+    file = getattr(sys.modules[name], "__file__", None)
+    folders = [sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib")]
+    return name.split(".")[0] == "grokscope" or file is None or any(map(Path(file).is_relative_to, folders))
+
+
 class RemoteRun:
     """A run on the engines."""
 
@@ -222,21 +264,26 @@ class RemoteRun:
             [job.prompt for job in call.jobs], None if todo is None else [job.row for job in todo], call.batch_size,
             call.ending and (call.ending.at_eos, call.ending.strings),
         )  # fmt: skip
-        self.num_slots, self.cache_length = cluster._on_all("begin", request, doing="beginning")
+        with _by_value(change.kind.fn for change in call.changes if change.kind.fn):
+            self.num_slots, self.cache_length = cluster._on_all("begin", request, doing="beginning")
 
     def results(self) -> Iterator[Job]:
-        pressed = False
+        pressed, stopped = False, None  # Ctrl-C; the row at whose token it was to stop
         try:
             while not self.over:
                 with deferred_interrupt() as interrupted:
-                    turn: Turn = self.cluster._on_all("turn", pressed, doing="running")
-                    pressed |= self._told(turn)
+                    turn: Turn = self.cluster._on_all("turn", pressed or stopped is not None, doing="running")
+                    told = self._told(turn)
+                    stopped = stopped if told is None else told
                 pressed |= interrupted.is_set()
-                self.over, self.cut_short = turn.over, turn.cut_short
+                self.over = turn.over
+                self.cut_short |= turn.cut_short or stopped is not None
                 for done in turn.jobs:
                     job = self.call.jobs[done.pop("row")]
                     for name, value in done.items():
                         setattr(job, name, value)
+                    if job.row == stopped:
+                        job.finish = "interrupt"
                     yield job
         finally:
             self.over = True
@@ -245,18 +292,18 @@ class RemoteRun:
         if pressed and not self.cut_short:
             raise KeyboardInterrupt
 
-    def _told(self, turn: Turn) -> bool:
-        """Tells of the tokens; whether that was to stop."""
+    def _told(self, turn: Turn) -> int | None:
+        """Tells of the tokens; the row at whose token it was to stop."""
         on_token = None if self.call.ending is None else self.call.ending.on_token
         if on_token is None:
-            return False
+            return None
         for row, position, token, text, logprob in turn.tokens:
             glimpse = functools.partial(self._glimpse, row, position)
             try:
                 on_token(TokenEvent(row, position, token, text, logprob, glimpse))
             except KeyboardInterrupt:
-                return True
-        return False
+                return row
+        return None
 
     def _glimpse(self, row: int, position: int, key: str, of_prompt: bool) -> np.ndarray:
         if self.over:

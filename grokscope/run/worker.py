@@ -2,9 +2,10 @@
 
 A call goes on one turn at a time, driven from outside, so no process is ever inside a long loop: Stop comes between two
 turns, in all of them at once, and nobody waits in a collective for one that has stopped. Answers are pickled; an error
-that every process meets is an answer too.
+is an answer too, of each process that meets it.
 """
 
+import dataclasses
 import functools
 import pickle
 import socket
@@ -12,6 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import cloudpickle
 import jax
 
 from grokscope.model import sharding
@@ -53,19 +55,27 @@ class _Worker:
         self.tokens: list[engine.TokenEvent] = []
         self.jobs: list[Job] = []
         self.done: list[Job] = []
+        self.functions: dict[bytes, Callable] = {}
         self.stop = threading.Event()
 
     def begin(self, request: Request) -> tuple[int, int]:
         grok = self.grok
         ending = request.ending and engine.Ending(*request.ending, self.tokens.append)
         jobs = [grok.job(p, s.limit, i, ending) for i, (p, s) in enumerate(zip(request.prompts, request.sequences))]
-        hooks = Hooks(grok.config, request.kept, request.changes, request.sequences)
+        hooks = Hooks(grok.config, request.kept, tuple(map(self.known, request.changes)), request.sequences)
         todo = None if request.todo is None else [jobs[row] for row in request.todo]
         self.stop.clear()
         self.tokens.clear()
         self.jobs = jobs
         self.run = Run(grok.config, grok._weights, hooks, request.rows, jobs, request.batch_size, todo)
         return self.run.num_slots, self.run.cache_length
+
+    def known(self, change: Change) -> Change:
+        """With the function that came before, where the same one comes again, for which steps are compiled."""
+        if change.kind.fn is None:
+            return change
+        fn = self.functions.setdefault(cloudpickle.dumps(change.kind.fn), change.kind.fn)
+        return dataclasses.replace(change, kind=dataclasses.replace(change.kind, fn=fn))
 
     def turn(self, stop: bool) -> Turn:
         run = self.run
@@ -97,15 +107,23 @@ class _Worker:
 _worker: _Worker | None = None
 
 
-def _answer(call: Callable) -> bytes | None:
-    """(True, result) or (False, the error), pickled; None from all processes but the first."""
+def _answer(call: Callable) -> bytes:
+    """(True, result) or (False, the error), pickled; of the results the first process's alone."""
     try:
-        result = True, call()
+        result = call()
+        return pickle.dumps((True, None if jax.process_index() else result))
     except Exception as err:
-        result = False, err
-    if jax.process_index():
-        return None
-    return pickle.dumps(result)
+        return _packed(err)
+
+
+def _packed(err: Exception) -> bytes:
+    """(False, err), or what can be said of an error that cannot travel."""
+    try:
+        packed = cloudpickle.dumps((False, err))
+        pickle.loads(packed)
+        return packed
+    except Exception:
+        return pickle.dumps((False, RuntimeError(f"{type(err).__name__}: {err}")))
 
 
 def address(host: str | None) -> str:
@@ -115,7 +133,7 @@ def address(host: str | None) -> str:
         return f"{host or socket.gethostname()}:{probe.getsockname()[1]}"
 
 
-def join(coordinator: str, num_processes: int, process: int, arguments: dict) -> bytes | None:
+def join(coordinator: str, num_processes: int, process: int, arguments: dict) -> bytes:
     """Joins the processes and loads the model; answers what was Loaded."""
     jax.distributed.initialize(coordinator, num_processes, process, initialization_timeout=120)
     return _answer(functools.partial(_load, arguments))
@@ -142,6 +160,6 @@ def _load(arguments: dict) -> Loaded:
     return Loaded(sharding.name(weights.mesh), weights.nbytes, weights.form, grok.numerics, device)
 
 
-def call(method: str, arguments: bytes) -> bytes | None:
+def call(method: str, arguments: bytes) -> bytes:
     """`method` of the worker; arguments are pickled."""
     return _answer(lambda: getattr(_worker, method)(*pickle.loads(arguments)))
