@@ -106,7 +106,7 @@ def test_parts_that_do_not_go_together(made):
     with pytest.raises(ValueError, match="too many sets of 9 of 40"):
         resampling.matched(np.full(40, 9 / 40), 9)
     heads = [made.trace([5, 6, 7], capture=gs.capture("attn_pattern", heads=h)) for h in ([0, 1], [1, 2])]
-    for analyse in (analysis.heads, analysis.by_class):
+    for analyse in (analysis.heads, lambda t: analysis.by_class(t, LABELS)):
         with pytest.raises(ValueError, match=r"heads \[1, 2\] of layer 0, those before it \[0, 1\]"):
             analyse(heads)
     late = made.trace(
@@ -637,7 +637,7 @@ def test_causes_that_cannot_be(made):
     with pytest.raises(ValueError, match="nothing to predict"):
         analysis.ablations(made, [[5], [6]], "layers")
     with pytest.raises(ValueError, match="phase 'decode'"):
-        analysis.by_class(made.trace([1, 2], capture="attn_pattern"), phase="decode")
+        analysis.by_class(made.trace([1, 2], capture="attn_pattern"), LABELS, phase="decode")
 
 
 def test_an_edit_around_a_sweep_is_for_all_of_it(made):
