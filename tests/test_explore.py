@@ -324,7 +324,7 @@ def test_a_view_in_the_browser(tmp_path):
     lab.write_notebook(tmp_path / "view.ipynb", *cells)
     with lab.server(tmp_path) as url, lab.page() as page:
         lab.run_all(page, url("view.ipynb"))
-        page.wait_for_function("() => document.querySelectorAll('.gs .tok').length > 10")
+        page.wait_for_function("() => document.querySelector('.gs')?.querySelectorAll('.tok').length > 10")
         page.click(".gs .tok >> nth=3")
         assert page.inner_text(".gs #o-t >> nth=0") == "3"
         page.wait_for_function("() => document.querySelectorAll('.gs #t-r tr').length >= 3")
