@@ -164,15 +164,12 @@ def routing_table(trace: gs.Trace) -> str:
     num_experts = trace.meta["config"]["num_experts"]
     share = frame.groupby("layer")["expert"].value_counts(normalize=True).unstack(fill_value=0)
     share = share.reindex(columns=range(num_experts), fill_value=0)
-    ranks = range(min(2, trace.meta["config"]["num_selected_experts"]))
-    mean = [frame.query("rank == @rank").groupby("layer")["prob"].mean() for rank in ranks]
-    even = f"{100 / num_experts:.1f} %"
+    ranks = ("1st", "2nd")[: trace.meta["config"]["num_selected_experts"]]
+    mean = [frame.query("rank == @rank").groupby("layer")["prob"].mean() for rank in range(len(ranks))]
+    even, names = f"{100 / num_experts:.1f} %", [f"e{e}" for e in range(num_experts)]
     lines = [
         f"Routing of the {frame.position.nunique()} generated tokens: share of choices per expert (even is {even})",
-        "layer "
-        + "".join(f"{f'e{e}':>6}" for e in range(num_experts))
-        + "   mean prob of "
-        + ", ".join(("1st", "2nd")[r] for r in ranks),
+        f"layer {''.join(f'{name:>6}' for name in names)}   mean prob of {', '.join(ranks)}",
     ]
     for layer, row in share.iterrows():
         cells = "".join(f"{100 * value:5.0f}%" for value in row)

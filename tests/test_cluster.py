@@ -163,8 +163,15 @@ def test_an_engine_that_fails_alone_says_why(cluster, monkeypatch):
         cluster.trace(PROMPTS[0])
     with pytest.raises(gs.ClusterError, match="restart"):
         cluster.trace(PROMPTS[0])
-    with monkeypatch.context() as at, pytest.raises(KeyboardInterrupt):
-        at.setattr(cluster_module.Cluster, "_join", raising(KeyboardInterrupt))
+    join = cluster_module.Cluster._join
+
+    def join_without(self):
+        lacking = "def load(**_): raise FileNotFoundError('it is not on host 1')"
+        self._client[self._engines[1]].execute(f"from grokscope.run import engine\n{lacking}\nengine.load = load").get()
+        return join(self)
+
+    with monkeypatch.context() as at, pytest.raises(FileNotFoundError, match="it is not on host 1"):
+        at.setattr(cluster_module.Cluster, "_join", join_without)
         cluster.restart()
     with pytest.raises(gs.ClusterError, match=r"did not come back; .*restart\(\)"):
         cluster.trace(PROMPTS[0])
@@ -177,13 +184,6 @@ def test_an_engine_that_fails_alone_says_why(cluster, monkeypatch):
         cluster.trace(PROMPTS[0])
     cluster.restart()
     assert cluster.generate(PROMPTS[0], 3).meta["finish"] == "length"
-
-
-def raising(error):
-    def fails(*_):
-        raise error
-
-    return fails
 
 
 @pytest.mark.parametrize("when", ["prefill", "decode", "gather"])

@@ -266,13 +266,14 @@ def test_a_folder_of_another_model_stays_as_it_is(hub, target):
     assert [path.name for path in target.iterdir()] == ["config.json"]
 
 
-def test_the_torrents_folder_is_the_one_with_files_of_its_size(tmp_path):
-    for name in ("a", "b"):
+def test_the_torrents_folder_is_the_one_with_all_files(tmp_path):
+    for name, count in (("a", 74), ("b", 769), ("c", 74)):
         (tmp_path / name / "ckpt-0").mkdir(parents=True)
-        (tmp_path / name / "ckpt-0" / "tensor00000_000").touch()
+        for slot in ckpt0.slots(gs.GROK_1)[:count]:
+            (tmp_path / name / "ckpt-0" / slot.file).touch()
     download._link(tmp_path)
     assert not (tmp_path / "ckpt-0").exists()
-    os.truncate(tmp_path / "b" / "ckpt-0" / "tensor00000_000", ckpt0.RELEASED_SIZES["in_out_embed/embeddings"])
+    (tmp_path / "b" / "ckpt-0" / "tensor00769_000").touch()
     download._link(tmp_path)
     assert (tmp_path / "ckpt-0").readlink() == Path("b/ckpt-0")
 

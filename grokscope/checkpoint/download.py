@@ -204,12 +204,11 @@ def torrent(directory: Path, magnet: str = MAGNET) -> None:
 
 def _link(directory: Path) -> None:
     """ckpt-0 -> where the torrent keeps its files, so that they can be checked and seeded as they lie."""
-    slot = ckpt0.slots(GROK_1)[0]
-    sizes = [ckpt0.RELEASED_SIZES[slot.param.path]] if _config(directory) == GROK_1 else []
-    found = (path for path in directory.rglob(slot.file) if not sizes or path.stat().st_size in sizes)
-    link, first = directory / "ckpt-0", next(found, None)
-    if first is None or first.parent in (directory, link) or link.is_symlink():
+    link, slots = directory / "ckpt-0", ckpt0.slots(_config(directory))
+    folders = (path.parent for path in directory.rglob(slots[0].file))
+    folder = next((f for f in folders if all((f / slot.file).exists() for slot in slots)), None)  # not of another model
+    if folder in (None, directory, link) or link.is_symlink():
         return
     if link.exists():
-        raise FileExistsError(f"the torrent's files are in {first.parent}, but {link} is in their place; move it away")
-    link.symlink_to(first.parent.relative_to(directory))
+        raise FileExistsError(f"the torrent's files are in {folder}, but {link} is in their place; move it away")
+    link.symlink_to(folder.relative_to(directory))

@@ -167,7 +167,7 @@ class Cluster(Grok):
                 raise self._is_lost(f"engine {self._engines[rank]} {what} while {doing}") from error
         errors = _errors(calls, answers)
         for rank, error in errors.items():
-            if len(errors) == len(calls) or doing == "loading":
+            if len(errors) == len(calls) or self._lost:  # or none is up yet
                 raise error
             what = f"failed alone ({type(error).__name__}: {error})"  # the others wait for it, or have gone on
             raise self._is_lost(f"engine {self._engines[rank]} {what} while {doing}") from error

@@ -169,12 +169,6 @@ def capture(
     if reduce is not None and reduce not in REDUCTIONS:
         near = difflib.get_close_matches(str(reduce), REDUCTIONS, n=1) or REDUCTIONS
         raise ValueError(f"no reduction {reduce!r}; nearest: {', '.join(near)}")
-    if labels is not None:
-        labels = np.asarray(labels)
-        ints = reduce == "count" and labels.ndim == 1 and labels.size and labels.dtype.kind in "iu"
-        if not ints or not 0 <= int(labels.max()) < 2**31:
-            raise ValueError('labels are for reduce="count": ints, one class from 0 for each token of the vocabulary')
-        labels = labels.astype(np.int32)
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
         raise ValueError(f"k={k!r}: expected a whole number from 1")
     if not isinstance(later, bool):
@@ -183,8 +177,18 @@ def capture(
         raise ValueError('later=True is for a plain "attn_pattern": it keeps q and k in its place')
     return Capture(
         tap, parsed("layers", layers), parsed("heads", heads), parsed("experts", experts),
-        Where.parse(positions, steps, phase, prompts), reduce, int(k), labels, later, name,
+        Where.parse(positions, steps, phase, prompts), reduce, int(k), _labels(labels, reduce), later, name,
     )  # fmt: skip
+
+
+def _labels(labels, reduce: str | None) -> np.ndarray | None:
+    if labels is None:
+        return None
+    labels = np.asarray(labels)
+    ints = reduce == "count" and labels.ndim == 1 and labels.size and labels.dtype.kind in "iu"
+    if not ints or not 0 <= int(labels.max()) < 2**31:
+        raise ValueError('labels are for reduce="count": ints, one class from 0 for each token of the vocabulary')
+    return labels.astype(np.int32)
 
 
 Wish = str | Capture

@@ -66,7 +66,7 @@ def _begun_only(directory: Path) -> bool:
     """Whether there is nothing but what is left of a dump that never had a part: the lock, perhaps the manifest, and
     files of a part that was cut short."""
     names = {path.name for path in directory.iterdir()}
-    ours = re.compile(rf"\.lock|manifest\.json|((act|{'|'.join(TABLES)})-0{{8}}\.\w+|manifest\.json)(\.partial)?")
+    ours = re.compile(rf"\.lock|(manifest\.json|(act|{'|'.join(TABLES)})-0{{8}}\.\w+)(\.partial)?")
     if ".lock" not in names or not all(ours.fullmatch(name) for name in names):
         return False
     return "manifest.json" not in names or not _manifest(directory, empty=True)["parts"]
