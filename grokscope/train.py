@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from grokscope.checkpoint import ckpt0, weights
+from grokscope.checkpoint.lock import lock
 from grokscope.config import GrokConfig
 from grokscope.model import sharding, transformer
 from grokscope.model.params import PARAMS
@@ -39,7 +40,6 @@ from grokscope.model.transformer import Positions
 from grokscope.run import engine
 from grokscope.run.compiled import keep_compiled
 from grokscope.run.decode import deferred_interrupt
-from grokscope.run.dump import lock
 from grokscope.tokenizer import Tokenizer
 
 MATRICES = {(p.module, p.name) for p in PARAMS if p.groups is not None}

@@ -131,8 +131,24 @@ def test_swaps_of_equal_shape_need_sums(checkpoint):
 
 def test_values_that_are_not_finite(checkpoint):
     config = gs.GrokConfig.read(checkpoint / "config.json")
-    tensorfile.write(checkpoint / "ckpt-0" / "tensor00001_000", Tensor(np.full(config.emb_size, np.nan, np.float32)))
-    fault(checkpoint, "tensor00001_000", "not finite")
+    spoilt = {"tensor00000_000": (config.vocab_size, config.emb_size), "tensor00001_000": (config.emb_size,)}
+    for file, shape in spoilt.items():
+        path = checkpoint / "ckpt-0" / file
+        before = path.read_bytes()
+        tensorfile.write(path, Tensor(np.full(shape, np.inf, np.float32)))
+        fault(checkpoint, file, "not finite")
+        with pytest.raises(ValueError, match=rf"{file} .* not finite; .*verify"):
+            gs.load(checkpoint)
+        path.write_bytes(before)
+    experts = next(slot for slot in ckpt0.slots(config) if slot.param.dims[0] == "E")
+    tensor = ckpt0.open_checkpoint(checkpoint).read(experts)
+    scales = np.array(tensor.scales)
+    scales[1, 0, 3] = np.nan
+    tensorfile.write(checkpoint / "ckpt-0" / experts.file, Tensor(np.array(tensor.weight), scales))
+    fault(checkpoint, experts.file, "not finite")
+    for form in ("int8", "expanded", "streamed"):
+        with pytest.raises(ValueError, match=rf"{experts.file} \(.*not finite"):
+            gs.load(checkpoint, weights=form).trace(range(5, 60))
 
 
 def test_only_the_770_files_are_grok_1(tmp_path):

@@ -239,7 +239,9 @@ def test_attention_afterwards(small, truth):
     trace = made(small, gs.capture("attn_pattern", later=True, layers=[0, 2]))
     assert "attn_pattern" not in trace.taps
     close(trace.attention(), taps["attn_pattern"][[0, 2]])
-    close(trace.attention(layers=2, heads=[3], positions=[4, 70]), taps["attn_pattern"][[2]][:, [3]][:, :, [4, 70]])
+    for layers, heads in ((2, [3]), (-1, [-1])):  # of three and four
+        some = trace.attention(layers=layers, heads=heads, positions=[4, 70])
+        close(some, taps["attn_pattern"][[2]][:, [3]][:, :, [4, 70]])
     with pytest.raises(KeyError, match="needs the taps"):
         made(small).attention()
     with pytest.raises(KeyError, match="layer 1 of 'q' was not kept"):

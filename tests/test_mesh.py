@@ -48,12 +48,12 @@ def test_edits_reductions_and_dumps_on_a_mesh(random_checkpoint, tmp_path, mesh)
         gs.capture("resid_post", reduce="moments"), gs.capture("expert_index", reduce="count"), "k",
         gs.capture("attn_pattern", heads=[1], reduce="topk", k=3), gs.capture("resid_pre", reduce="lens", k=2),
     ]  # fmt: skip
-    found, prompts = [], PROMPTS[:3]  # each length is compiled with each layer's edits
+    found, prompts = [], [PROMPTS[0], PROMPTS[2], PROMPTS[4]]  # one block for all, compiled for each layer's edits
     for kw in ({}, {"mesh": mesh}):
         grok = gs.load(random_checkpoint, **kw)
         changes = (
-            gs.route.ban(layers=1, experts=2),
-            gs.ablate(heads=0, layers=2),
+            gs.route.ban(layers=[1, 2], experts=2),
+            gs.ablate(heads=0, layers=[1, 2]),
             gs.route.force(layers=0, experts=[1, 2, 3]),
         )
         with grok.edits(*changes):

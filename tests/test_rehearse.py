@@ -116,6 +116,19 @@ def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch
     assert [p.name for p in tmp_path.iterdir()] == ["r"]
 
 
+def test_one_at_a_time(tmp_path):
+    """Who comes second is refused, and what the first writes stays."""
+
+    def beside(todo):
+        for slot in todo:
+            with pytest.raises(RuntimeError, match="another process"):
+                rehearse.rehearse(tmp_path / "r", small_config())
+            yield slot
+
+    assert gs.verify(rehearse.rehearse(tmp_path / "r", small_config(), progress=beside)).ok
+    assert not (tmp_path / "r" / ckpt0.UNFINISHED).exists()
+
+
 def test_where_it_is_written(tmp_path):
     """Beside what is a user's, through a link, and nothing stays of what failed."""
     (tmp_path / "r.partial").mkdir()

@@ -50,19 +50,20 @@ def test_hooks_inside_the_experts_and_edits(checkpoint, sizes):
         gs.load(checkpoint, weights="int8"),
         gs.load(checkpoint, weights="streamed", memory=sizes.least),
     )
+    short = PROMPTS[2:]  # one block for all
     for one, other in zip(
-        streamed.generate(PROMPTS, 6, capture="expert_hidden", batch_size=3),
-        resident.generate(PROMPTS, 6, capture="expert_hidden", batch_size=3),
+        streamed.generate(short, 6, capture="expert_hidden", batch_size=2),
+        resident.generate(short, 6, capture="expert_hidden", batch_size=2),
         strict=True,
     ):
         equal(one, other)
     changes = (
-        gs.route.ban(layers=1, experts=2),
+        gs.route.ban(layers=slice(1, None), experts=2),
         gs.route.force(layers=0, experts=[1, 2, 3]),
-        gs.ablate(experts=1, layers=2),
+        gs.ablate(experts=1, layers=slice(1, None)),
     )
     with streamed.edits(*changes), resident.edits(*changes):
-        for one, other in zip(streamed.trace(PROMPTS, TAPS), resident.trace(PROMPTS, TAPS), strict=True):
+        for one, other in zip(streamed.trace(short, TAPS), resident.trace(short, TAPS), strict=True):
             equal(one, other)
 
 

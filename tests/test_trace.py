@@ -63,6 +63,7 @@ def test_router_table(trace):
     assert len(frame) == len(trace) * 6 * 2
     row = frame[(frame.position == 5) & (frame.layer == 3) & (frame["rank"] == 1)].iloc[0]
     expert = trace["expert_index", 3][5, 1]
+    assert (trace["expert_index", -1] == trace["expert_index", 5]).all()
     assert row.expert == expert
     assert row.logit == trace["router_logits", 3][5, expert]
     assert row.gate == trace["expert_gate", 3][5, 1]

@@ -17,6 +17,7 @@ import numpy as np
 
 from grokscope import look
 from grokscope.checkpoint import tensorfile
+from grokscope.checkpoint.lock import lock
 from grokscope.checkpoint.tensorfile import Tensor, TensorFileError
 from grokscope.config import GROK_1, GrokConfig
 from grokscope.model.params import GLOBAL_PARAMS, LAYER_PARAMS, Param
@@ -179,25 +180,26 @@ def write(
     """
     directory = Path(directory)
     refuse_contents(directory)
-    partial = directory / UNFINISHED
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    require_room(directory, payload_bytes(config))
-    new = not directory.exists()
-    finished: list[Path] = []
-    try:
-        _write(partial, config, weight, tokenizer, progress)
-        finished = sorted(partial.iterdir(), key=lambda path: path.name == "config.json")  # last: without, it is none
-        for path in finished:
-            path.rename(directory / path.name)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        for path in (directory / path.name for path in finished):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        if new:
-            with contextlib.suppress(OSError):  # somebody put something there
-                directory.rmdir()
-        raise
-    partial.rmdir()
+    new, partial = not directory.exists(), directory / UNFINISHED
+    partial.mkdir(parents=True, exist_ok=True)
+    with lock(partial):
+        whole, finished = partial / "whole", list[Path]()
+        try:
+            shutil.rmtree(whole, ignore_errors=True)  # of a process that was killed
+            require_room(directory, payload_bytes(config))
+            _write(whole, config, weight, tokenizer, progress)
+            finished = sorted(whole.iterdir(), key=lambda path: path.name == "config.json")  # last: without, it is none
+            for path in finished:
+                path.rename(directory / path.name)
+        except BaseException:
+            for path in (directory / path.name for path in finished):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            if new:
+                with contextlib.suppress(OSError):  # somebody put something there
+                    directory.rmdir()
+            raise
+        shutil.rmtree(partial)
     return directory
 
 
@@ -207,19 +209,19 @@ def refuse_contents(directory: Path) -> None:
         raise FileExistsError(f"{directory} is not empty; choose a new folder, or delete it first")
 
 
-def _write(partial: Path, config: GrokConfig, weight, tokenizer: Path | None, progress: Progress) -> None:
-    (partial / "ckpt-0").mkdir(parents=True)
-    (partial / "config.json").write_text(config.to_json())
+def _write(directory: Path, config: GrokConfig, weight, tokenizer: Path | None, progress: Progress) -> None:
+    (directory / "ckpt-0").mkdir(parents=True)
+    (directory / "config.json").write_text(config.to_json())
     if tokenizer is not None:
-        shutil.copyfile(tokenizer, partial / "tokenizer.model")
+        shutil.copyfile(tokenizer, directory / "tokenizer.model")
     for slot in progress(slots(config)):
         tensor = _stored(slot, weight(slot))
         if tensor.weight.shape != slot.param.shape(config):
             raise ValueError(f"{slot.path}: weight is {tensor.weight.shape}, expected {slot.param.shape(config)}")
-        tensorfile.write(partial / "ckpt-0" / slot.file, tensor)
-    files = sorted(p for p in partial.rglob("*") if p.is_file())
-    sums = [f"{_sha256(p)}  {p.relative_to(partial)}\n" for p in progress(files)]
-    (partial / SUMS).write_text("".join(sums))
+        tensorfile.write(directory / "ckpt-0" / slot.file, tensor)
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    sums = [f"{_sha256(p)}  {p.relative_to(directory)}\n" for p in progress(files)]
+    (directory / SUMS).write_text("".join(sums))
 
 
 def _stored(slot: Slot, value: np.ndarray | QuantizedWeight | Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from grokscope.checkpoint.ckpt0 import Checkpoint, Slot, slots
-from grokscope.checkpoint.tensorfile import Tensor
+from grokscope.checkpoint.tensorfile import Tensor, TensorFileError
 from grokscope.config import GrokConfig
 from grokscope.model import kernel
 from grokscope.model.params import GLOBAL_PARAMS, LAYER_PARAMS, Param
@@ -90,7 +90,8 @@ class Reader:
         if slot.param.groups is not None:
             return self._matrix(slot, tensor, ...)
         dtype = _unquantised(slot.param, self.dtype)
-        return self._placed(tensor.weight.shape, slot.param.dims, lambda at: self._copied(tensor.weight[at], dtype))
+        floats = tensor.weight
+        return self._placed(floats.shape, slot.param.dims, lambda at: self._copied(_finite(slot, floats[at]), dtype))
 
     def expert(self, slots: Sequence[Slot], number: int) -> tuple[Weight, ...]:
         """One expert's matrix of each slot."""
@@ -101,8 +102,8 @@ class Reader:
         dims = slot.param.dims[-weight.ndim :]
         place = functools.partial(self._placed, dims=dims)
         if tensor.scales is None:
-            return place(weight.shape, part=lambda at: self._copied(weight[at], self.dtype))
-        scales = tensor.scales[index]
+            return place(weight.shape, part=lambda at: self._copied(_finite(slot, weight[at]), self.dtype))
+        scales = _finite(slot, tensor.scales[index])
         stored = scales.shape[-2]
         groups = _groups(stored, dims[-2], self.config, self.mesh)
         scales = np.repeat(scales, groups // stored, axis=-2)
@@ -139,6 +140,15 @@ class Reader:
             return made[key]
 
         return jax.make_array_from_callback(shape, sharding, once)
+
+
+def _finite(slot: Slot, values: np.ndarray) -> np.ndarray:
+    """The values. Raises TensorFileError for NaN and infinity."""
+    if not np.isfinite(values).all():
+        raise TensorFileError(
+            f"{slot.file} ({slot.path}) holds values that are not finite; `grokscope verify` checks all"
+        )
+    return values
 
 
 def _unquantised(param: Param, dtype: np.dtype) -> np.dtype:

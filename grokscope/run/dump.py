@@ -11,7 +11,6 @@ there yet. A part whose files lie there unlisted is of a crash, and is written a
 """
 
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
@@ -21,7 +20,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -31,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from grokscope import look
+from grokscope.checkpoint.lock import lock
 from grokscope.run.trace import TABLES, Trace
 
 FORMAT = "grokscope dump 3"
@@ -70,17 +70,6 @@ def _begun_only(directory: Path) -> bool:
     if ".lock" not in names or not all(ours.fullmatch(name) for name in names):
         return False
     return "manifest.json" not in names or not _manifest(directory, empty=True)["parts"]
-
-
-def lock(directory: Path) -> TextIO:
-    """Held until it is closed. Raises RuntimeError where another process has it."""
-    file = (directory / ".lock").open("w")  # stays: who deletes it may delete another's
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as err:
-        file.close()
-        raise RuntimeError(f"{directory} is being written by another process") from err
-    return file
 
 
 def save(trace: Trace, directory: Path | str) -> Path:

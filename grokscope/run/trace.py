@@ -82,7 +82,7 @@ class Trace:
         return np.where(np.arange(len(self)) < self.prompt_length, "prefill", "decode")
 
     def __getitem__(self, key: str | tuple[str, int]) -> np.ndarray:
-        """trace[tap], or trace[tap, layer number], as numpy float32 or int32.
+        """trace[tap], or trace[tap, layer number], as numpy float32 or int32. Layer -1 is the model's last.
 
         Raises KeyError naming the captured taps, or the layers kept of this one.
         """
@@ -95,9 +95,10 @@ class Trace:
             kept = self.layers.get(name)
             if len(layer) > 1 or kept is None:
                 raise KeyError(f"{name!r} takes {'one layer number' if kept else 'no layer: it has no layer axis'}")
-            if layer[0] not in kept:
-                raise KeyError(f"layer {layer[0]} of {name!r} was not kept; kept are {kept}")
-            value = value[kept.index(layer[0])]
+            number = _counted(layer[0], self.meta["config"]["num_layers"])
+            if number not in kept:
+                raise KeyError(f"layer {number} of {name!r} was not kept; kept are {kept}")
+            value = value[kept.index(number)]
         return value if value.dtype == np.int32 else value.astype(np.float32)
 
     def _ipython_key_completions_(self) -> list[str]:
@@ -119,8 +120,9 @@ class Trace:
     def attention(self, layers=None, heads=None, positions=None) -> np.ndarray:
         """Attention rows [layer, head, position, key_position], float32, computed from captured q and k.
 
-        layers, heads, positions: an int or a list of numbers each; None is all that were captured. Capture with
-        grokscope.capture("attn_pattern", later=True). Raises KeyError if q or k is missing.
+        layers, heads, positions: an int or a list of numbers each; None is all that were captured. Negative layers and
+        heads count from the model's last. Capture with grokscope.capture("attn_pattern", later=True). Raises KeyError
+        if q or k is missing.
         """
         if missing := [name for name in ("q", "k") if name not in self.taps]:
             raise KeyError(
@@ -133,8 +135,9 @@ class Trace:
             )
         config, held = self.meta["config"], self.coords("q")
         chosen = {}
-        for axis, wanted in (("layer", layers), ("head", heads), ("position", positions)):
-            numbers = held[axis] if wanted is None else np.atleast_1d(wanted)
+        sizes = config["num_layers"], config["num_q_heads"], 0
+        for axis, wanted, size in zip(("layer", "head", "position"), (layers, heads, positions), sizes, strict=True):
+            numbers = held[axis] if wanted is None else np.array([_counted(n, size) for n in np.atleast_1d(wanted)])
             absent = [n for n in numbers if n not in held[axis]]
             if absent:
                 raise KeyError(f"{axis} {absent[0]} of 'q' was not kept; kept are {held[axis].tolist()}")
@@ -250,3 +253,8 @@ class Trace:
         text = self.text if len(self.text) <= 60 else self.text[:57] + "..."
         counts = f"{self.prompt_length} + {len(self) - self.prompt_length} tokens, finish {self.meta['finish']}"
         return f"Trace({text!r}, {counts}, taps: {', '.join(self.taps) or 'none'})"
+
+
+def _counted(number: int, size: int) -> int:
+    """From the last of `size`, where it is negative."""
+    return number + size if isinstance(number, int | np.integer) and number < 0 else number
