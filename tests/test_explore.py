@@ -536,6 +536,14 @@ def test_the_page_says_what_went_wrong(app):
     assert "max_new_tokens=0" in app.sent[-1][0]["text"]
 
 
+def test_runs_of_other_prompts_are_told_apart(app):
+    for prompt in ("The cat", "The cat", "In the beginning\nwas the word"):
+        app._on_generate(prompt, {"max": 2, "temperature": 0, "top_p": 1, "seed": 7}, [])
+        app._worker.join(120)
+    names = [m["name"] for m, _ in app.sent if m["kind"] == "run"]
+    assert names == ["baseline, seed 7"] * 2 + ["In the beginnin…: baseline, seed 7"]
+
+
 def test_runs_that_are_forgotten(app, monkeypatch):
     monkeypatch.setattr(module, "RUNS", 2)
     for _ in range(3):

@@ -91,6 +91,9 @@ class Explore(Page):
             raise ValueError("the prompt is empty; type a text")
         self._number += 1
         name = ", ".join(_short(one) for one in edits) or f"baseline, seed {options['seed']}"
+        if any(run.prompt != prompt for run in self._runs):
+            start = " ".join(prompt.split())
+            name = f"{start if len(start) < 16 else start[:15] + '…'}: {name}"
         run = Run(self._number, name, prompt, options, [])
         self._stop.clear()
         self._worker = threading.Thread(target=self._generate, name="generate", args=(run, edits), daemon=True)
