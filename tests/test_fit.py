@@ -18,10 +18,9 @@ def held(tree) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["int8", "expanded"])
-def test_weights_and_cache_are_exact(form):
+@pytest.mark.parametrize(("form", "asked"), [("int8", ["1x1", "2x4", "8x1"]), ("expanded", ["1x2", "1x8"])])
+def test_weights_and_cache_are_exact(form, asked):
     config = gs.load(weights="int8").config
-    asked = ["1x1", "1x2", "2x4", "1x8", "8x1"]
     for mesh, fit in zip(asked, fits(config, asked, context=300, batch=4, numerics="float32", form=form), strict=True):
         weights = gs.load(mesh=mesh, weights=form)._weights
         assert fit.weights == held((weights.ends, weights.layers))
@@ -47,7 +46,7 @@ def test_grok_1_on_eight_cards_and_from_a_disk():
 def test_what_was_compiled_before_says_the_same(tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first, again = (fits(gs.load().config, ["1x1", "1x2"], context=300, batch=4) for _ in range(2))
+    first, again = (fits(gs.load().config, ["1x2"], context=300, batch=4) for _ in range(2))
     assert first == again
     assert list(tmp_path.rglob("*-cache"))
 
