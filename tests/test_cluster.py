@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -186,6 +188,22 @@ def test_an_engine_that_fails_alone_says_why(cluster, monkeypatch):
     assert cluster.generate(PROMPTS[0], 3).meta["finish"] == "length"
 
 
+def test_a_lost_controller_is_told_at_once(cluster):
+    begun = []
+
+    def kill(_: gs.TokenEvent) -> None:
+        controller = cluster._ipp.controller.process
+        begun.append(time.monotonic())
+        for process in (*controller.children(recursive=True), controller):
+            process.kill()
+
+    with pytest.raises(gs.ClusterError, match=r"controller of the engines was lost while running.*restart\(\)"):
+        cluster.generate(PROMPTS[0], 40, on_token=lambda event: begun or kill(event))
+    assert time.monotonic() - begun[0] < 30
+    cluster.restart()
+    assert cluster.generate(PROMPTS[0], 3).meta["finish"] == "length"
+
+
 @pytest.mark.parametrize("when", ["prefill", "decode", "gather"])
 def test_a_lost_engine_is_one_clear_error_at_once(cluster, when):
     process = cluster._client[cluster._engines[1]].apply_sync(os.getpid)
@@ -227,24 +245,60 @@ def test_a_mesh_that_does_not_fit_is_refused_from_the_engines():
         gs.cluster()
 
 
-@pytest.mark.parametrize("tasks", [2, 4])
-def test_a_dump_under_srun_is_the_dump_of_one_process(grok, tmp_path, tasks):
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, PROMPTS)))
+HEARING = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
+runpy.run_module("grokscope", run_name="__main__", alter_sys=True)
+"""
+
+
+def srun_dump(folder, tasks: int, prompts: list[str], *options: str) -> list[subprocess.Popen]:
+    """`grokscope dump` as srun would start it."""
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     variables = {
         "SLURM_JOB_ID": str(int(time.time()) % 4096), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(tasks),
         "SLURM_STEP_NUM_NODES": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "grokscope", "dump", "prompts.jsonl", "out", "--max-new-tokens", "4", "--resume"]
-    started = [
+    return [
         subprocess.Popen(
-            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [sys.executable, "-c", HEARING, "dump", "prompts.jsonl", "out", "--resume", *options], cwd=folder,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env=os.environ | ON_CPU | variables | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
         )
         for i in range(tasks)
     ]  # fmt: skip
-    said = [process.communicate(timeout=240)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * tasks, said
+
+
+def ends(started: list[subprocess.Popen], seconds: float = 240) -> tuple[list[int], list[str]]:
+    """Return codes, and what each said."""
+    said = [process.communicate(timeout=seconds)[0].decode() for process in started]
+    return [process.returncode for process in started], said
+
+
+@pytest.mark.parametrize("tasks", [2, 4])
+def test_a_dump_under_srun_is_the_dump_of_one_process(grok, tmp_path, tasks):
+    codes, said = ends(srun_dump(tmp_path, tasks, PROMPTS, "--max-new-tokens", "4"))
+    assert codes == [0] * tasks, said
     found = gs.open(tmp_path / "out")
     for one, other in zip(found, grok.generate(PROMPTS, 4), strict=True):
         agree(one, other)
     assert found[0].meta["mesh"] == f"1x{2 * tasks}"
+
+
+def test_ctrl_c_under_srun(tmp_path):
+    """All tasks stop before the same step, whenever each hears of it; what cannot go on is told by all."""
+    prompts, options = PROMPTS * 60, ("--max-new-tokens", "60")
+    started, heard = srun_dump(tmp_path, 2, prompts, *options), b""
+    while not re.search(rb" [1-9]\d*/180", heard):
+        heard += os.read(started[0].stdout.fileno(), 4096) or pytest.fail(heard.decode())
+    for process in reversed(started):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    codes, said = ends(started, 60)
+    assert codes == [130, 130], said
+    assert "--resume goes on" in said[0]
+    assert 0 < len(gs.open(tmp_path / "out").prompts) < 180
+    codes, said = ends(srun_dump(tmp_path, 2, prompts, "--max-new-tokens", "5"), 60)
+    assert codes == [1, 1], said
+    assert "different: max_new_tokens (60, now 5)" in said[0]
+    assert "the first process failed, and says why" in said[1]

@@ -500,6 +500,23 @@ def test_edits_nest_and_end(small):
     assert (small.trace(TOKENS, capture="logits")["logits"] == plain).all()
 
 
+def test_edits_that_end_out_of_turn(small):
+    """Each takes away its own, and says that calls in between had more."""
+
+    def lengths(edit):
+        with small.edits(edit):
+            for _ in range(2):
+                yield len(small.current_edits)
+
+    one, other = lengths(gs.ablate(layers=0)), lengths(gs.ablate(layers=1))
+    assert [next(one), next(other)] == [1, 2]
+    with pytest.raises(RuntimeError, match="calls in between ran with both; a `yield`"):
+        list(one)
+    assert [edit.json()["layers"] for edit in small.current_edits] == [[1]]
+    assert list(other) == [1]
+    assert small.current_edits == []
+
+
 def test_edits_as_json():
     edits = [gs.scale("attn_z", 0.5, heads=[1, 2], positions=slice(2, None)), gs.route.ban(experts=3, layers=1),
              gs.add("resid_post", [1.0, 2.0], phase="decode"), gs.ablate(experts=1), gs.route.force([1, 2])]  # fmt: skip

@@ -128,6 +128,42 @@ def test_matrices_stored_as_floats_stay_within_the_budget(tmp_path):
         gs.load(path, weights="streamed", memory=memory - 1)
 
 
+def test_what_was_read_ahead_and_is_not_needed_is_not_kept(checkpoint, sizes):
+    """As where one layer takes all experts and the next does not."""
+    streamed = gs.load(checkpoint, weights="streamed", memory=sizes.least)
+    with streamed.edits(gs.route.ban(experts=0, layers=[1, 3])):
+        taken = streamed.trace(np.arange(60) + 5)["expert_index"]
+    assert set(taken[0].ravel()) == set(range(8)), "and so one of layer 1 is read ahead"
+    assert set(streamed._weights._reading) <= {(0, None), (0, 0)}
+
+
+@pytest.mark.parametrize("mesh", ["8x1", pytest.param("2x4", marks=pytest.mark.slow)])
+def test_copies_count(checkpoint, sizes, mesh):
+    """What is on all devices stays within the budget; a mesh with a data axis has a copy of each weight on each."""
+    data = int(mesh[0])
+    with pytest.raises(MemoryError, match="at least"):
+        gs.load(checkpoint, weights="streamed", memory=sizes.least, mesh=mesh)
+    memory = 3 * data * sizes.least
+    streamed = gs.load(checkpoint, weights="streamed", memory=memory, mesh=mesh)
+    equal(streamed.trace([7, 8, 9]), gs.load(checkpoint, weights="int8", mesh=mesh).trace([7, 8, 9]))
+    held = sum(shard.data.nbytes for leaf in streamed._weights._kept() for shard in leaf.addressable_shards)
+    assert held == streamed._weights.nbytes <= memory
+
+
+def test_files_that_change_under_it(tmp_path):
+    """Or the answer would be of two models."""
+    config = small_config(num_layers=2)
+    path, other = (write_random(tmp_path / str(seed), config, seed) for seed in (0, 1))
+    grok = gs.load(path, weights="streamed", memory=100_000)
+    grok.trace([7, 8])
+    for file in (other / "ckpt-0").iterdir():
+        file.replace(path / "ckpt-0" / file.name)
+    with pytest.raises(
+        RuntimeError, match=r"tensor\d+_000 \(.*\) has changed since the model was loaded; load it again"
+    ):
+        grok.trace([7, 8])
+
+
 def test_a_file_that_goes_missing_says_so_and_the_model_goes_on(tmp_path):
     path = write_random(tmp_path / "ckpt", small_config(num_layers=2))
     grok = gs.load(path, weights="streamed", memory=100_000)

@@ -249,10 +249,11 @@ def machine_memory() -> int:
 
 def streaming_memory(mesh: Mesh | None) -> int:
     """Bytes that streamed weights take unless told: half of the machine's memory, or 0.8 of the accelerators'."""
-    devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
     if jax.default_backend() == "cpu":
         return machine_memory() // 2
-    return int(0.8 * sum(device.memory_stats()["bytes_limit"] for device in devices))
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    own = [device for device in devices if device.process_index == jax.process_index()]  # others' cannot be asked
+    return int(0.8 * len(devices) * min(device.memory_stats()["bytes_limit"] for device in own))
 
 
 def load(reader: Reader, progress: Callable[[Iterable[Slot]], Iterable[Slot]] = iter) -> Weights:
@@ -279,7 +280,7 @@ class Streamed:
 
     Attributes:
       ends: embedding and final norm.
-      memory: bytes on the devices that weights may take, those being read included.
+      memory: bytes on all devices together that weights may take, copies and those being read included.
       bytes_read: from disk since it was loaded.
     """
 
@@ -291,7 +292,9 @@ class Streamed:
         floats = any(  # as a checkpoint of another origin may have matrices
             reader.checkpoint.read(slot).scales is None for slot in self._slots[0] if slot.param.groups is not None
         )
-        sizes = stored_bytes(reader.config, reader.dtype, "expanded" if floats else reader.form)
+        self._files = {slot.file: self._stamp(slot) for slot in slots(reader.config)}
+        of_one = stored_bytes(reader.config, reader.dtype, "expanded" if floats else reader.form, reader.mesh)
+        sizes = Sizes(*(self._num_devices * size for size in of_one))
         spare = memory - sizes.least
         if spare < 0:
             raise MemoryError(
@@ -317,14 +320,18 @@ class Streamed:
     def mesh(self) -> Mesh | None:
         return self.reader.mesh
 
+    @property
+    def _num_devices(self) -> int:
+        return 1 if self.mesh is None else self.mesh.size
+
     def _kept(self) -> list[jax.Array]:
         own = [list(of_layer.values()) for of_layer in self._experts]
         return jax.tree.leaves((self.ends, list(self._attention.values()), own))
 
     @property
     def nbytes(self) -> int:
-        """On the devices between two passes."""
-        return sum(leaf.nbytes for leaf in self._kept())
+        """On all devices between two passes."""
+        return self._num_devices * device_bytes(self._kept())
 
     def delete(self) -> None:
         self._thread.shutdown(cancel_futures=True)
@@ -333,6 +340,7 @@ class Streamed:
 
     def attention(self, layer: int) -> Params:
         """Everything of a layer but its experts."""
+        self._leave({key for key in self._reading if key[0] != layer})  # of a pass that was cut short
         return self._taken(layer, None)
 
     def experts(self, layer: int, chosen: Collection[int]) -> Iterator[tuple[list[int], Params]]:
@@ -341,6 +349,7 @@ class Streamed:
         Each is to be done with before the next is asked for. Those that are resident come first, together.
         """
         own, config = self._experts[layer], self.reader.config
+        self._leave({key for key in self._reading if key[1] not in (None, *chosen)})
         todo, resident = sorted(set(chosen) - set(own)), sorted(set(chosen) & set(own))
         following = (layer + 1) % config.num_layers
         ahead = [(layer, e) for e in todo] + [(following, None)]
@@ -393,6 +402,11 @@ class Streamed:
             read = self._whole if expert is None else functools.partial(self._expert, number=expert)
             self._reading[key] = self._thread.submit(read, layer)
 
+    def _leave(self, keys: Collection[tuple[int, int | None]]) -> None:
+        """What was read ahead, and is not needed."""
+        for key in keys:
+            self._reading.pop(key).cancel()
+
     def _taken(self, layer: int, expert: int | None):
         """What was read, kept if there is room for it."""
         if expert is None and layer in self._attention:
@@ -411,14 +425,26 @@ class Streamed:
 
     def _whole(self, layer: int | None) -> Params:
         params: dict[str, dict] = {}
-        for slot in self._slots[layer]:
-            if slot.param.module != EXPERTS:
-                params.setdefault(slot.param.module, {})[slot.param.name] = self.reader.weight(slot)
+        own = [slot for slot in self._slots[layer] if slot.param.module != EXPERTS]
+        self._refuse_others(own)
+        for slot in own:
+            params.setdefault(slot.param.module, {})[slot.param.name] = self.reader.weight(slot)
         self.bytes_read += self._file_bytes(layer, experts=False)
         return jax.block_until_ready(params)
 
+    def _stamp(self, slot: Slot) -> tuple[int, int]:
+        found = self.reader.checkpoint.file(slot).stat()
+        return found.st_size, found.st_mtime_ns
+
+    def _refuse_others(self, own: Iterable[Slot]) -> None:
+        """Raises RuntimeError for files that have changed since the model was loaded, or two would be mixed."""
+        for slot in own:
+            if self._stamp(slot) != self._files[slot.file]:
+                raise RuntimeError(f"{slot.file} ({slot.path}) has changed since the model was loaded; load it again")
+
     def _expert(self, layer: int, number: int) -> dict[str, Weight]:
         own = [slot for slot in self._slots[layer] if slot.param.module == EXPERTS]
+        self._refuse_others(own)
         found = self.reader.expert(own, number)
         self.bytes_read += self._file_bytes(layer, experts=True) // self.reader.config.num_experts
         return jax.block_until_ready({slot.param.name: w for slot, w in zip(own, found, strict=True)})

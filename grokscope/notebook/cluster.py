@@ -135,13 +135,20 @@ class Cluster(Grok):
 
     def _on_all(self, method: str, *arguments, doing: str):
         """Calls a method of the worker on every engine; the first one's answer."""
+        return self._answered(self._sent(method, *arguments, doing=doing), doing)
+
+    def _sent(self, method: str, *arguments, doing: str) -> list:
+        """The calls of a method of the worker, on every engine, which are on their way."""
         if self._lost:
             raise ClusterError(f"{self._lost}; bring the engines back with restart()")
         packed = cloudpickle.dumps(arguments)
         self._refuse_gone(doing)
-        return self._answered([self._client[i].apply_async(worker.call, method, packed) for i in self._engines], doing)
+        return [self._client[i].apply_async(worker.call, method, packed) for i in self._engines]
 
     def _refuse_gone(self, doing: str) -> None:
+        controller = getattr(self._ipp and self._ipp.controller, "process", None)  # another host's has none
+        if controller is not None and not controller.is_running():
+            raise self._is_lost(f"the controller of the engines was lost while {doing}")
         gone = sorted(set(self._engines) - set(self._client.ids))
         if gone:
             raise self._is_lost(f"engine {', '.join(map(str, gone))} was lost while {doing}")
@@ -288,7 +295,7 @@ class RemoteRun:
         finally:
             self.over = True
             if not self.cluster._lost:
-                self.cluster._on_all("end", doing="ending")
+                self.cluster._sent("end", doing="ending")  # not waited for: they may be long at what was interrupted
         if pressed and not self.cut_short:
             raise KeyboardInterrupt
 

@@ -31,6 +31,7 @@ from grokscope.run.captures import Kept
 from grokscope.run.hooks import CaptureKind, Stage
 from grokscope.run.landing import Landing, Transfers, to_host, up_to
 from grokscope.run.layers import Captured, Work, run_layer, split
+from grokscope.run.processes import agreed, from_any
 from grokscope.run.sampling import Sampling
 from grokscope.run.staging import Hooks, Place, places_of
 from grokscope.run.steps import COLUMNS, DecodeState
@@ -210,12 +211,12 @@ class Run:
                 if pressed:  # in a turn that also finished something, which was handed out first
                     interrupted.set()
                 while not self.ready and not self.over:
-                    self.turn(interrupted)
+                    self.turn(agreed(interrupted))
             pressed |= interrupted.is_set()
             if not self.ready:
                 break
             yield self.ready.popleft()
-        if pressed and not self.cut_short:
+        if from_any(pressed) and not self.cut_short:
             raise KeyboardInterrupt
 
     def turn(self, interrupted: threading.Event) -> None:

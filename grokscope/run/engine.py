@@ -31,7 +31,7 @@ from grokscope.run.compiled import keep_compiled
 from grokscope.run.decode import BATCH_SIZE, Job, Run, deferred_interrupt, tokens_of_passes
 from grokscope.run.dump import Dump, Writer
 from grokscope.run.plan import Plan, as_bytes, priced, refuse_over
-from grokscope.run.processes import from_first, is_first, wait_for_all
+from grokscope.run.processes import from_first, in_first, wait_for_all
 from grokscope.run.sampling import Sampling
 from grokscope.run.staging import Hooks, misses
 from grokscope.run.staging import Sequence as Length
@@ -147,7 +147,7 @@ def load(
         leaves them on disk, from where layers are read while the model runs.
       mesh: "DxM", data by model: weights, activations and cache over D * M devices; None is one device, or "1xM"
         of all where several processes were joined (grokscope.run.processes).
-      memory: bytes, or "20GB", that streamed weights may take on the devices; None is half of the machine's memory, or
+      memory: bytes, or "20GB", that streamed weights may take on all devices; None is half of the machine's memory, or
         0.8 of an accelerator's.
       tokenizer: a SentencePiece model; None is `tokenizer.model` of the checkpoint, if there is one.
       progress: wraps the tensors as they are read, as tqdm does.
@@ -390,18 +390,20 @@ class Grok:
         ending = self._ending(stop_at_eos, None, None) if limit else None
         call = self._prepared(ids, limit, capture, sampling, batch_size, ending, budget)
         about = self._about(call, ids, limit, capture, bool(stop_at_eos))
-        writing = Writer(directory, about, len(ids), resume=resume) if is_first() else contextlib.nullcontext()
-        with writing as writer:
-            done = from_first(writer.done if writer else set(), len(ids))
-            todo = [job for job in call.jobs if job.row not in done]
-            for count, trace in enumerate(self._traces(call, ordered=False, todo=todo), len(done) + 1):
-                if trace.meta["finish"] == "interrupt":
-                    continue
-                if writer:
-                    writer.add(trace.meta["prompt"], trace)
-                progress(count)
-        wait_for_all()
-        if (found := Dump(directory)).missing:
+        with deferred_interrupt() as interrupted:  # or one process leaves while others wait for it
+            with contextlib.ExitStack() as held:
+                writer = in_first(lambda: held.enter_context(Writer(directory, about, len(ids), resume=resume)))
+                done = from_first(writer.done if writer else set(), len(ids))
+                todo = [job for job in call.jobs if job.row not in done]
+                for count, trace in enumerate(self._traces(call, ordered=False, todo=todo), len(done) + 1):
+                    if trace.meta["finish"] == "interrupt":
+                        continue
+                    if writer:
+                        writer.add(trace.meta["prompt"], trace)
+                    progress(count)
+            wait_for_all()
+        found = Dump(directory)
+        if found.missing or interrupted.is_set():
             raise KeyboardInterrupt
         return found
 
@@ -434,7 +436,7 @@ class Grok:
     @property
     def current_edits(self) -> list["edits.Edit"]:
         """Those that a call would run with now: of the `with grok.edits(...)` around it, outer ones first."""
-        return [edit for grok, edit in _EDITS.get() if grok is self]
+        return [edit for entered in _EDITS.get() if entered.grok is self for edit in entered.changes]
 
     def loss(self, x: Prompts) -> Loss:
         """Mean loss of a text, of ids, or over a list of either. The first token of each is given, not predicted."""
@@ -727,22 +729,29 @@ class Grok:
         )
 
 
-_EDITS: contextvars.ContextVar[tuple[tuple[Grok, "edits.Edit"], ...]] = contextvars.ContextVar("edits", default=())
-"""Of this thread or task: the edits of the `with` statements around it, each with its model."""
+_EDITS: contextvars.ContextVar[tuple["_Edited", ...]] = contextvars.ContextVar("edits", default=())
+"""Of this thread or task: the `with` statements around it, outer ones first."""
 
 
 class _Edited:
     """The `with` of `Grok.edits`; may be entered again."""
 
     def __init__(self, grok: Grok, changes: tuple["edits.Edit", ...]):
-        self._changes = tuple((grok, change) for change in changes)
+        self.grok, self.changes = grok, changes
 
     def __enter__(self) -> None:
-        _EDITS.set((*_EDITS.get(), *self._changes))
+        _EDITS.set((*_EDITS.get(), self))
 
-    def __exit__(self, *_) -> None:
-        outside = len(_EDITS.get()) - len(self._changes)
-        _EDITS.set(_EDITS.get()[:outside])
+    def __exit__(self, kind, *_) -> None:
+        inside = _EDITS.get()
+        at = max((i for i, one in enumerate(inside) if one is self), default=-1)
+        if at >= 0:
+            _EDITS.set(inside[:at] + inside[at + 1 :])
+        if at != len(inside) - 1 and kind is None:
+            raise RuntimeError(
+                "these edits end before others that began after them, so calls in between ran with both; a `yield` "
+                "inside of `with grok.edits(...)` leaves them in force outside of its generator: make a list there"
+            )
 
 
 def _from_one(name: str, number) -> int:

@@ -1,11 +1,15 @@
 """Several processes that run one program, as `srun` starts them: the same calls in each, and the first one writes."""
 
 import os
+import threading
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+T = TypeVar("T")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
@@ -34,6 +38,35 @@ def from_first(numbers: set[int], count: int) -> set[int]:
         return numbers
     mask = multihost_utils.broadcast_one_to_all(np.isin(np.arange(count), sorted(numbers)))
     return set(np.flatnonzero(mask).tolist())
+
+
+def from_any(flag: bool) -> bool:
+    """Whether it is set in any of the processes."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.int32(flag)).any())
+
+
+def agreed(event: threading.Event) -> threading.Event:
+    """The event; of several processes one that is set if any's is now, so that all stop before the same step."""
+    if jax.process_count() == 1:
+        return event
+    found = threading.Event()
+    if from_any(event.is_set()):
+        found.set()
+    return found
+
+
+def in_first(do: Callable[[], T]) -> T | None:
+    """do() in the first process, and None in the others. They raise RuntimeError where it raises there."""
+    made, failed = None, None
+    try:
+        made = do() if is_first() else None
+    except Exception as err:
+        failed = err
+    if from_any(failed is not None):
+        raise failed or RuntimeError("the first process failed, and says why; the others end with it")
+    return made
 
 
 def wait_for_all() -> None:
