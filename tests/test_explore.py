@@ -277,12 +277,17 @@ def test_a_new_explorer_stops_what_the_old_one_runs(app, grok):
 
 
 @pytest.fixture(scope="module")
-def lab_url(tmp_path_factory):
+def notebook(tmp_path_factory):
+    """Writes a notebook of these cells, and gives its address."""
     lab.needs_chromium()
     root = tmp_path_factory.mktemp("lab")
-    lab.write_notebook(root / "explore.ipynb", UNHURRIED)
     with lab.server(root) as url:
-        yield url("explore.ipynb")
+
+        def written(name: str, *cells: str) -> str:
+            lab.write_notebook(root / f"{name}.ipynb", *cells)
+            return url(f"{name}.ipynb")
+
+        yield written
 
 
 def generate(page, text="Done"):
@@ -290,10 +295,10 @@ def generate(page, text="Done"):
     page.wait_for_function(f"() => document.querySelector('.gs #pgt').textContent.startsWith('{text}')")
 
 
-def test_in_the_browser(lab_url):
+def test_in_the_browser(notebook):
     """The shortest use: run, generate, click a token; nothing is asked of any other machine, no error is logged."""
     with lab.page() as page:
-        lab.run_all(page, lab_url)
+        lab.run_all(page, notebook("explore", UNHURRIED))
         page.wait_for_selector(".gs #b-gen")
         said = "getComputedStyle(document.querySelector('.gs #attn'), '::after').content"
         page.wait_for_function(f"() => {said}.includes('Who reads whom')")  # before a run: what will be there
@@ -311,9 +316,8 @@ def test_in_the_browser(lab_url):
 
 
 @pytest.mark.slow
-def test_a_view_in_the_browser(tmp_path):
+def test_a_view_in_the_browser(notebook):
     """Traces from disk without a model, in panes of choice; a click works as in the explorer."""
-    lab.needs_chromium()
     cells = [
         "import grokscope as gs\ngrok = gs.load()\nkeep = ['router_logits', gs.capture('attn_pattern', later=True)]",
         "a, b = grok.generate(['The old keeper', 'The old house'], 12, capture=keep)\na.save('a')",
@@ -321,9 +325,8 @@ def test_a_view_in_the_browser(tmp_path):
         "gs.view(a, b, panes=['routing', 'compare', 'coactivation', 'transitions', 'router_entropy'])",
         "gs.view(grok.trace('The old keeper'))",
     ]
-    lab.write_notebook(tmp_path / "view.ipynb", *cells)
-    with lab.server(tmp_path) as url, lab.page() as page:
-        lab.run_all(page, url("view.ipynb"))
+    with lab.page() as page:
+        lab.run_all(page, notebook("view", *cells))
         page.wait_for_function("() => document.querySelector('.gs')?.querySelectorAll('.tok').length > 10")
         page.click(".gs .tok >> nth=3")
         assert page.inner_text(".gs #o-t >> nth=0") == "3"
@@ -349,12 +352,10 @@ def test_a_view_in_the_browser(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_explorers_in_one_notebook(tmp_path):
+def test_two_explorers_in_one_notebook(notebook):
     """A label of the second is of a field of the second."""
-    lab.needs_chromium()
-    lab.write_notebook(tmp_path / "two.ipynb", CELL, "gs.explore(grok)")
-    with lab.server(tmp_path) as url, lab.page() as page:
-        lab.run_all(page, url("two.ipynb"))
+    with lab.page() as page:
+        lab.run_all(page, notebook("two", CELL, "gs.explore(grok)"))
         page.wait_for_function("() => document.querySelectorAll('.gs:not(.unknown) #b-gen').length === 2")
         first, second = (page.locator(".gs").nth(i) for i in range(2))
         before = first.locator("#taps input").evaluate_all("all => all.map((one) => one.checked)")
@@ -371,16 +372,14 @@ def test_two_explorers_in_one_notebook(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_long_text_in_the_browser(tmp_path):
+def test_a_long_text_in_the_browser(notebook):
     """The overview moves the window; strip, map and head follow; a read outside of it is one click away."""
-    lab.needs_chromium()
     cells = [
         "import grokscope as gs, numpy as np\ngrok = gs.load()",
         "gs.view(grok.trace(np.arange(900) % 500 + 5, capture=['router_logits', gs.capture('attn_pattern', later=True)]))",
     ]
-    lab.write_notebook(tmp_path / "long.ipynb", *cells)
-    with lab.server(tmp_path) as url, lab.page() as page:
-        lab.run_all(page, url("long.ipynb"))
+    with lab.page() as page:
+        lab.run_all(page, notebook("long", *cells))
         page.wait_for_function("() => document.querySelectorAll('.gs .tok').length === 256")
         assert page.inner_text(".gs #o-w") == "Positions 0–255 of 900"
         box = page.locator(".gs #c-over").bounding_box()
@@ -395,18 +394,16 @@ def test_a_long_text_in_the_browser(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_long_prompt_edited_shown_twice_and_loaded_again(tmp_path):
+def test_a_long_prompt_edited_shown_twice_and_loaded_again(notebook):
     """An edited run is looked at where the one before was, once it is done; a second view leaves the first as it is; a
     page that is loaded while a run goes on can stop it, and shows it.
     """
-    lab.needs_chromium()
-    lab.write_notebook(tmp_path / "long.ipynb", UNHURRIED.replace("0.02", "0.1"), "app")
     generating = "() => /^([3-9]|[0-9]{2,}) of 600/.test(document.querySelector('.gs #pgt').textContent)"
     run_cell = """async (i) => { const app = window.jupyterapp; app.shell.currentWidget.content.activeCellIndex = i;
       await app.commands.execute('notebook:run-cell'); }"""
-    with lab.server(tmp_path) as url, lab.page() as page:
+    with lab.page() as page:
         page.set_default_timeout(120_000)
-        page.goto(url("long.ipynb"))
+        page.goto(notebook("edited", UNHURRIED.replace("0.02", "0.1"), "app"))
         page.wait_for_function(lab.READY)
         page.evaluate(run_cell, 0)
         page.wait_for_selector(".gs:not(.unknown) #b-gen")
@@ -448,10 +445,10 @@ def test_a_long_prompt_edited_shown_twice_and_loaded_again(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_session_in_the_browser(lab_url, tmp_path):
+def test_a_session_in_the_browser(notebook, tmp_path):
     """Prompt, stop, layers, heatmap, heads, an edit, compare, export, the page loaded again, the kernel gone."""
     with lab.page() as page:
-        lab.run_all(page, lab_url)
+        lab.run_all(page, notebook("session", UNHURRIED))
         page.wait_for_selector(".gs #b-gen")
         page.fill(".gs #pbox", "The cat sat on the mat. The cat")
         page.wait_for_function("() => document.querySelector('.gs #ptok').textContent.startsWith('1')")

@@ -70,10 +70,9 @@ def test_scale_groups_of_any_number_on_any_model_axis(tmp_path, groups):
     path = write_random(
         tmp_path / "ckpt", small_config(emb_size=56, key_size=14, num_layers=1, widening_factor=1.5), groups=groups
     )
-    whole = gs.load(path, weights="int8").trace(PROMPTS[1], capture="logits")
-    for mesh in ("1x4", "1x8", "1x7"):
-        for form in ("int8", "expanded"):
-            agree(gs.load(path, weights=form, mesh=mesh).trace(PROMPTS[1], capture="logits"), whole)
+    whole = gs.load(path, weights="int8").trace(PROMPTS[0], capture="logits")
+    for mesh, form in (("1x4", "int8"), ("1x8", "expanded"), ("1x7", "int8"), ("1x7", "expanded")):
+        agree(gs.load(path, weights=form, mesh=mesh).trace(PROMPTS[0], capture="logits"), whole)
 
 
 @pytest.mark.slow
