@@ -374,9 +374,9 @@ class Grok:
         """Traces of many prompts (max_new_tokens=0: forward passes alone), written part by part while it runs.
 
         A part is written at 16 MB or after a minute. `resume` goes on with a dump of the same call that was cut short,
-        even by kill -9: parts that are there stay, and the rest is made as it would have been, to the bit. On Ctrl-C
-        finished Traces are written, and KeyboardInterrupt is raised. `progress` is told after each Trace how many are
-        done. All else is as in `generate`.
+        even by kill -9: parts that are there stay, and the rest is made as it would have been, to the bit (on another
+        mesh within rounding). On Ctrl-C finished Traces are written, and KeyboardInterrupt is raised. `progress` is
+        told after each Trace how many are done. All else is as in `generate`.
 
         Raises, beside what generate does: FileExistsError for a folder that holds anything; ValueError to resume the
         dump of another call; OSError if it cannot be written (finished parts stay).
