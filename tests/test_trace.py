@@ -64,6 +64,9 @@ def test_router_table(trace):
     row = frame[(frame.position == 5) & (frame.layer == 3) & (frame["rank"] == 1)].iloc[0]
     expert = trace["expert_index", 3][5, 1]
     assert (trace["expert_index", -1] == trace["expert_index", 5]).all()
+    for number in (-7, 6, "5"):
+        with pytest.raises(KeyError, match=f"layer {number} of 'expert_index' was not kept; kept are"):
+            trace["expert_index", number]
     assert row.expert == expert
     assert row.logit == trace["router_logits", 3][5, expert]
     assert row.gate == trace["expert_gate", 3][5, 1]

@@ -256,5 +256,5 @@ class Trace:
 
 
 def _counted(number: int, size: int) -> int:
-    """From the last of `size`, where it is negative."""
-    return number + size if isinstance(number, int | np.integer) and number < 0 else number
+    """From the last of `size`, where it is negative and there is one."""
+    return number + size if isinstance(number, int | np.integer) and -size <= number < 0 else number
