@@ -139,9 +139,7 @@ TOGETHER = {
 @pytest.mark.slow
 def test_prompts_that_run_together(small, new):
     """Of several lengths, with an edit of one of them, each is what it is alone."""
-    prompts = [TOKENS, TOKENS[:4], [7] * 40, TOKENS[::-1], [9, 8] * 25, TOKENS[2:], [3]]
-    if new:
-        prompts = prompts[:4]
+    prompts = [TOKENS, TOKENS[:4], [7] * 40, TOKENS[::-1]] + ([] if new else [[9, 8] * 25, TOKENS[2:], [3]])
     wishes = ["attn_pattern", "resid_post", "logits", *TOGETHER.values()]
     change = dict(layers=1, positions=slice(2, None))
 

@@ -340,7 +340,7 @@ class Streamed:
 
     def attention(self, layer: int) -> Params:
         """Everything of a layer but its experts."""
-        self._leave({key for key in self._reading if key[0] != layer})  # of a pass that was cut short
+        self._drop({key for key in self._reading if key[0] != layer})  # of a pass that was cut short
         return self._taken(layer, None)
 
     def experts(self, layer: int, chosen: Collection[int]) -> Iterator[tuple[list[int], Params]]:
@@ -349,7 +349,7 @@ class Streamed:
         Each is to be done with before the next is asked for. Those that are resident come first, together.
         """
         own, config = self._experts[layer], self.reader.config
-        self._leave({key for key in self._reading if key[1] not in (None, *chosen)})
+        self._drop({key for key in self._reading if key[1] not in (None, *chosen)})
         todo, resident = sorted(set(chosen) - set(own)), sorted(set(chosen) & set(own))
         following = (layer + 1) % config.num_layers
         ahead = [(layer, e) for e in todo] + [(following, None)]
@@ -402,7 +402,7 @@ class Streamed:
             read = self._whole if expert is None else functools.partial(self._expert, number=expert)
             self._reading[key] = self._thread.submit(read, layer)
 
-    def _leave(self, keys: Collection[tuple[int, int | None]]) -> None:
+    def _drop(self, keys: Collection[tuple[int, int | None]]) -> None:
         """What was read ahead, and is not needed."""
         for key in keys:
             self._reading.pop(key).cancel()
@@ -426,7 +426,7 @@ class Streamed:
     def _whole(self, layer: int | None) -> Params:
         params: dict[str, dict] = {}
         own = [slot for slot in self._slots[layer] if slot.param.module != EXPERTS]
-        self._refuse_others(own)
+        self._refuse_changed(own)
         for slot in own:
             params.setdefault(slot.param.module, {})[slot.param.name] = self.reader.weight(slot)
         self.bytes_read += self._file_bytes(layer, experts=False)
@@ -436,7 +436,7 @@ class Streamed:
         found = self.reader.checkpoint.file(slot).stat()
         return found.st_size, found.st_mtime_ns
 
-    def _refuse_others(self, own: Iterable[Slot]) -> None:
+    def _refuse_changed(self, own: Iterable[Slot]) -> None:
         """Raises RuntimeError for files that have changed since the model was loaded, or two would be mixed."""
         for slot in own:
             if self._stamp(slot) != self._files[slot.file]:
@@ -444,7 +444,7 @@ class Streamed:
 
     def _expert(self, layer: int, number: int) -> dict[str, Weight]:
         own = [slot for slot in self._slots[layer] if slot.param.module == EXPERTS]
-        self._refuse_others(own)
+        self._refuse_changed(own)
         found = self.reader.expert(own, number)
         self.bytes_read += self._file_bytes(layer, experts=True) // self.reader.config.num_experts
         return jax.block_until_ready({slot.param.name: w for slot, w in zip(own, found, strict=True)})

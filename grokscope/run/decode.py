@@ -39,6 +39,7 @@ from grokscope.run.steps import COLUMNS, DecodeState
 BATCH_SIZE = 8  # slots, unless the caller says otherwise
 TOGETHER = 32768  # tokens of prompts that share a reading of streamed layers
 ROWS = 16  # prompts that run together at most
+ASKED = 16  # decode steps between two questions whether another process was told to stop
 NEAR = 64  # how many prompts of a call are searched for those
 
 
@@ -211,7 +212,7 @@ class Run:
                 if pressed:  # in a turn that also finished something, which was handed out first
                     interrupted.set()
                 while not self.ready and not self.over:
-                    self.turn(agreed(interrupted))
+                    self.turn(agreed(interrupted, not any(self.slots) or self.step % ASKED == 0))
             pressed |= interrupted.is_set()
             if not self.ready:
                 break

@@ -391,21 +391,25 @@ class Grok:
         call = self._prepared(ids, limit, capture, sampling, batch_size, ending, budget)
         about = self._about(call, ids, limit, capture, bool(stop_at_eos))
         with deferred_interrupt() as interrupted:  # or one process leaves while others wait for it
-            with contextlib.ExitStack() as held:
-                writer = in_first(lambda: held.enter_context(Writer(directory, about, len(ids), resume=resume)))
-                done = from_first(writer.done if writer else set(), len(ids))
-                todo = [job for job in call.jobs if job.row not in done]
-                for count, trace in enumerate(self._traces(call, ordered=False, todo=todo), len(done) + 1):
-                    if trace.meta["finish"] == "interrupt":
-                        continue
-                    if writer:
-                        writer.add(trace.meta["prompt"], trace)
-                    progress(count)
+            self._write(call, functools.partial(Writer, directory, about, len(ids), resume=resume), progress)
             wait_for_all()
         found = Dump(directory)
         if found.missing or interrupted.is_set():
             raise KeyboardInterrupt
         return found
+
+    def _write(self, call: Call, begin: Callable[[], Writer], progress: Callable[[int], object]) -> None:
+        """Runs what is not there yet; the first process writes it, and only it looks at the folder (`begin`)."""
+        with contextlib.ExitStack() as held:
+            writer = in_first(lambda: held.enter_context(begin()))
+            done = from_first(writer.done if writer else set(), len(call.jobs))
+            todo = [job for job in call.jobs if job.row not in done]
+            for count, trace in enumerate(self._traces(call, ordered=False, todo=todo), len(done) + 1):
+                if trace.meta["finish"] == "interrupt":
+                    continue
+                if writer:
+                    writer.add(trace.meta["prompt"], trace)
+                progress(count)
 
     def _about(self, call: Call, ids: list[np.ndarray], limit: int, capture, stop_at_eos: bool) -> dict:
         """What makes a dump the dump of this run; JSON."""

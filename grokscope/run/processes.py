@@ -47,12 +47,13 @@ def from_any(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.int32(flag)).any())
 
 
-def agreed(event: threading.Event) -> threading.Event:
-    """The event; of several processes one that is set if any's is now, so that all stop before the same step."""
+def agreed(event: threading.Event, ask: bool) -> threading.Event:
+    """The event; of several processes one that is set if any's is now, so that all stop before the same step. Without
+    `ask`, the same in all, it is not set: asking waits for what runs on the devices."""
     if jax.process_count() == 1:
         return event
     found = threading.Event()
-    if from_any(event.is_set()):
+    if ask and from_any(event.is_set()):
         found.set()
     return found
 

@@ -135,8 +135,8 @@ class Trace:
             )
         config, held = self.meta["config"], self.coords("q")
         chosen = {}
-        sizes = config["num_layers"], config["num_q_heads"], 0
-        for axis, wanted, size in zip(("layer", "head", "position"), (layers, heads, positions), sizes, strict=True):
+        layered, headed = ("layer", layers, config["num_layers"]), ("head", heads, config["num_q_heads"])
+        for axis, wanted, size in (layered, headed, ("position", positions, 0)):
             numbers = held[axis] if wanted is None else np.array([_counted(n, size) for n in np.atleast_1d(wanted)])
             absent = [n for n in numbers if n not in held[axis]]
             if absent:
