@@ -259,6 +259,9 @@ def test_what_cannot_be_known_is_not_shown(grok, monkeypatch):
     assert run["lens_layers"] == []
     found = np.frombuffer(zlib.decompress(experts), np.int8).reshape(6, len(trace), 4)
     assert (found == trace["expert_index"]).all()
+    page._receive(page, {"kind": "cells", "run": 2, "start": 1}, [])
+    gates, _ = sent[-1][1]
+    assert (np.frombuffer(gates, np.float32).reshape(6, len(trace) - 1, 4) == trace["expert_gate"][:, 1:]).all()
     with pytest.raises(ValueError, match="lacks a lens of all positions"):
         gs.view(trace, panes="logit_lens")
     deep = gs.GrokConfig(**{**first.meta["config"], "num_layers": 20})
@@ -323,7 +326,7 @@ def test_a_view_in_the_browser(notebook):
         "a, b = grok.generate(['The old keeper', 'The old house'], 12, capture=keep)\na.save('a')",
         "gs.view(gs.open('a'))",
         "gs.view(a, b, panes=['routing', 'compare', 'coactivation', 'transitions', 'router_entropy'])",
-        "gs.view(grok.trace('The old keeper'))",
+        "with grok.edits(gs.route.top_k(4, layers=1)):\n    c = grok.trace('The old keeper')\ngs.view(c)",
     ]
     with lab.page() as page:
         lab.run_all(page, notebook("view", *cells))
@@ -348,6 +351,11 @@ def test_a_view_in_the_browser(notebook):
         plain.locator("#measure").select_option("logp")
         plain.locator("#digits").check()
         assert plain.locator(".tok >> nth=0").inner_text().endswith("–"), "nothing came before the first token"
+        ran = []
+        for layer in range(2):
+            plain.locator("#c-route").hover(position={"x": 60, "y": 30 + 24 * layer})
+            ran.append(plain.locator("#tip tr").count() - 1)
+        assert ran == [2, 4]
         assert page.errors == []
 
 

@@ -24,7 +24,7 @@ from grokscope.notebook.widgets.page import (
     Page,
     Run,
     experts_bytes,
-    pairs,
+    gates_bytes,
     raw,
     shape,
 )
@@ -149,7 +149,7 @@ class Explore(Page):
                 tokens, *arrays = zip(*waiting, strict=True)
                 experts, gates, logits = (np.stack(array, 1) for array in arrays)
                 message = {"kind": "tokens", "run": run.id, "tokens": tokens}
-                self.send(message, [experts_bytes(experts), raw(pairs(gates)), raw(logits)])
+                self.send(message, [experts_bytes(experts), gates_bytes(gates), raw(logits)])
                 waiting.clear()
 
         def on_token(event: TokenEvent) -> None:
@@ -197,7 +197,7 @@ class Explore(Page):
             "ids": ids.tolist(), "pieces": [self._piece(i) for i in ids], "logprobs": [None] * len(ids), "max": limit,
             "start": start,
         }  # fmt: skip
-        self.send(message, [experts_bytes(experts), raw(pairs(gates[:, start:])), raw(logits[:, start:])])
+        self.send(message, [experts_bytes(experts), gates_bytes(gates[:, start:]), raw(logits[:, start:])])
 
     def _redraw(self) -> None:
         """In a thread of its own, so that the next run need not wait."""

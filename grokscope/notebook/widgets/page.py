@@ -161,8 +161,8 @@ class Page(anywidget.AnyWidget):
         trace = self._trace(run)
         here = slice(start, start + WINDOW)
         count = len(trace.tokens[here])
-        buffers = [pairs(trace["expert_gate"][:, here]), trace["router_logits"][:, here]]
-        self.send({"kind": "cells", "run": run, "start": start, "count": count}, [raw(a) for a in buffers])
+        buffers = [gates_bytes(trace["expert_gate"][:, here]), raw(trace["router_logits"][:, here])]
+        self.send({"kind": "cells", "run": run, "start": start, "count": count}, buffers)
 
     def _on_lens(self, run: int, start: int) -> None:
         """Best tokens after each kept layer, their log-probabilities, and the rank of what followed, of a window."""
@@ -298,14 +298,14 @@ def raw(array: np.ndarray) -> bytes:
     return np.ascontiguousarray(array).tobytes()
 
 
-def pairs(ranked: np.ndarray) -> np.ndarray:
-    """[..., 2] of the first two ranks [..., K]; -1 where there is no second."""
-    return _two_at_least(ranked)[..., :2]
-
-
 def experts_bytes(index: np.ndarray) -> bytes:
     """int8 [L, T, K] of the experts that ran, K at least 2."""
     return raw(_two_at_least(index).astype(np.int8))
+
+
+def gates_bytes(gates: np.ndarray) -> bytes:
+    """float32 [L, T, K] of their gates."""
+    return raw(_two_at_least(gates))
 
 
 def _two_at_least(ranked: np.ndarray) -> np.ndarray:

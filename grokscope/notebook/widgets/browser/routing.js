@@ -35,8 +35,7 @@ function drawMap() {
         x = M.x(t),
         w = M.x(t + 1) - x - gap,
         y = M.y(l),
-        h = M.rh - vg,
-        hid = S.iso >= 0 && c.a !== S.iso && !(S.second && c.b === S.iso);
+        h = M.rh - vg;
       const put = (e, ga, yy, hh) => {
         g.fillStyle = S.iso >= 0 && e !== S.iso ? K.well : rgb(mix(K.x[e], K.bg, gateW(ga)));
         g.fillRect(x, yy, w, hh);

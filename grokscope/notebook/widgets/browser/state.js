@@ -87,9 +87,10 @@ function use(run) {
   W1 = Math.min(S.n, W0 + WN);
 }
 // The gate of an expert at a position and layer: 0 where it did not run.
-const gateOf = (c, e) => (e === c.a ? c.ga : e === c.b ? c.gb : 0);
-// One position at one layer: experts a and b that ran (b is -1 where one did), their gates, and what the router said.
-function cellOf(z, o, [a, b], [ga, gb]) {
+const gateOf = (c, e) => c.ran.find(([one]) => one === e)?.[1] ?? 0;
+// One position at one layer: experts that ran with their gates, of these the first two as a and b (-1 where only one
+// ran), and what the router said.
+function cellOf(z, o, experts, gates) {
   const p = new Float32Array(E),
     own = z.slice(o, o + E);
   let m = -Infinity,
@@ -99,7 +100,9 @@ function cellOf(z, o, [a, b], [ga, gb]) {
   for (let e = 0; e < E; e++) s += p[e] = Math.exp(own[e] - m);
   for (let e = 0; e < E; e++) p[e] /= s;
   for (const v of p) if (v > 0) h -= v * Math.log2(v);
-  return { a, b, ga, gb: Math.max(0, gb), h, p, z: own };
+  const ran = [...experts].map((e, k) => [e, gates[k]]).filter(([e]) => e >= 0),
+    [[a, ga], [b, gb] = [-1, 0]] = ran;
+  return { ran, a, b, ga, gb, h, p, z: own };
 }
 // Which experts ran: of all positions, and it is little. Two a token, or as many as an edit has it take.
 function ran(run, experts, count) {
@@ -115,12 +118,13 @@ function ran(run, experts, count) {
 }
 // Gates and logits: of the positions that were asked for.
 function fill(run, start, gates, z) {
-  const count = z.length / (L * E);
+  const count = z.length / (L * E),
+    k = gates.length / (L * count);
   for (let l = 0; l < L; l++) {
     run.C[l] = run.C[l] || [];
     for (let i = 0; i < count; i++) {
       const o = l * count + i;
-      run.C[l][start + i] = cellOf(z, o * E, run.F[l][start + i], [gates[2 * o], gates[2 * o + 1]]);
+      run.C[l][start + i] = cellOf(z, o * E, run.F[l][start + i], gates.subarray(k * o, k * (o + 1)));
     }
   }
 }
