@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import threading
 from unittest import mock
@@ -13,7 +14,7 @@ import oracle
 import pytest
 
 import grokscope as gs
-from grokscope.run import decode
+from grokscope.run import decode, steps
 
 TOKENS = [5, 0, 9, 11, 44, 8, 96, 3, 7]
 NEW = 70  # more than a buffer of decode steps holds
@@ -757,6 +758,20 @@ def test_a_function_is_what_it_has_become(small, monkeypatch):
         for fn in (scale.run, by_a_global):
             with small.edits(gs.edit("resid_post", fn, layers=2)):
                 close(small.trace(TOKENS, capture="resid_post")["resid_post", 2], plain * by)
+
+
+def test_a_sweep_over_functions_does_not_hold_their_code(small, monkeypatch):
+    monkeypatch.setattr(steps, "FUNCTIONS", 2)
+    monkeypatch.setattr(steps, "_held", set())
+    plain = small.trace(TOKENS, capture="resid_post")["resid_post", 2]
+    held = []
+    for by in (1.0, 0.5, 2.0, 3.0, 4.0):
+        with small.edits(gs.edit("resid_post", lambda x, layer, positions, by=by: x * by, layers=2)):
+            close(small.trace(TOKENS, capture="resid_post")["resid_post", 2], plain * by)
+        gc.collect()
+        held.append(len(jax.devices()[0].client.live_executables()))
+    assert held[3] == held[2] + 1
+    assert held[4] == held[2]
 
 
 def test_a_function_knows_padding_by_its_positions(small):

@@ -79,6 +79,7 @@ class Hooks:
 
     Attributes:
       kept, by_key, width: what is kept, the same by its key, and how many experts a token may take.
+      functions: edits that are functions of the user's.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Hooks:
                     f"an edit of {change.kind.tap} is for {change.experts} experts a token, and this run takes "
                     f"{self.width}; put grokscope.route.top_k({change.experts}) beside it"
                 )
+        self.functions = {change.kind for change in changes if change.kind.fn}
         self._wider = self.width > config.num_selected_experts
         self.places: list[Place] = ["embed", *range(config.num_layers), "head"]
         self.by_key = {k.key: k for k in kept}

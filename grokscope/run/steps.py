@@ -18,10 +18,11 @@ from grokscope.config import GrokConfig
 from grokscope.model import transformer
 from grokscope.model.sharding import constrain, on_one_device, whole
 from grokscope.model.transformer import KVCache, Positions
-from grokscope.run.hooks import At, Stage, pieces, with_hooks
+from grokscope.run.hooks import At, EditKind, Stage, pieces, with_hooks
 from grokscope.run.sampling import Method, Sampling, choose
 
 COLUMNS = 64  # decode steps between two transfers of captures
+FUNCTIONS = 32  # of edits, whose steps are held; each takes 8 MB with grok-1-mini on CPU
 
 
 @jax.tree_util.register_dataclass
@@ -276,6 +277,20 @@ def seated_cache(cache: KVCache, prefilled: KVCache, slot, row, rows: int) -> KV
     return jax.tree.map(put, cache, prefilled)
 
 
+_held: set[EditKind] = set()
+
+
+def hold(functions: set[EditKind]) -> None:
+    """Drops compiled steps where new functions make too many with those before, as in a sweep. What runs again is read
+    from the user's cache folder."""
+    if functions - _held and len(functions | _held) > FUNCTIONS:
+        _held.clear()
+        for step in globals().values():
+            if hasattr(step, "clear_cache"):
+                step.clear_cache()
+    _held.update(functions)
+
+
 @functools.cache
 def one_at_a_time() -> None:
     """From now on a step on a mesh is waited for before the next is dispatched: for meshes of CPU devices.
@@ -295,5 +310,5 @@ def _waited_for(step):
         found = step(*args)
         return found if on_one_device() else jax.block_until_ready(found)
 
-    vars(waited).update(lower=step.lower)  # to be compiled without being called
+    vars(waited).update(lower=step.lower, clear_cache=step.clear_cache)  # compiled without being called, and dropped
     return waited
