@@ -435,6 +435,34 @@ def test_patch(small):
         small.trace(TOKENS)
 
 
+def test_patched_experts_among_other_edits_of_the_choice(small):
+    """In the order given; gates stay, by rank."""
+    other = small.trace(TOKENS[::-1], capture="expert_index")
+    patch, patched = gs.patch(other, "expert_index", layers=1), other["expert_index", 1]
+    plain = small.trace(TOKENS)
+    index, gates = plain["expert_index", 1], plain["expert_gate", 1]
+    assert (patched != index).any(1).mean() > 0.5
+    mass, nobody, none = gates.sum(1), np.full(len(TOKENS), -1), np.zeros(len(TOKENS))
+    swapped = np.array([0, 1, 7, 3, 4, 5, 6, 2])[patched]
+    swap, force, one = gs.route.swap(2, 7, layers=1), gs.route.force([3], layers=1), gs.route.top_k(1, layers=1)
+    expected = [
+        ([patch], patched, gates),
+        ([patch, swap], swapped, gates),
+        ([swap, patch], patched, gates),
+        ([patch, force], np.stack([nobody + 4, nobody], 1), np.stack([mass, none], 1)),
+        ([force, patch], patched, np.stack([mass, none], 1)),
+        ([patch, one], np.stack([index[:, 0], nobody], 1), np.stack([gates[:, 0], none], 1)),
+        ([patch, gs.route.gates("uniform", layers=1)], patched, np.full_like(gates, 0.5)),
+        ([patch, gs.scale("expert_gate", 2, layers=1)], patched, 2 * gates),
+    ]
+    for edits, experts, weights in expected:
+        with small.edits(*edits):
+            trace = small.trace(TOKENS, capture=["expert_out", "moe_out"])
+        assert (trace["expert_index", 1] == experts).all(), edits
+        close(trace["expert_gate", 1], weights)
+        close(trace["moe_out", 1], (weights[..., None] * trace["expert_out", 1]).sum(1))
+
+
 def test_an_edit_stays_what_it_was_made(small):
     """Its array is a copy; what a function closes over is read by each call."""
     plain = small.trace(TOKENS, capture="logits")["logits"]

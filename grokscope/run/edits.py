@@ -202,7 +202,9 @@ def patch(trace: Trace, tap: str, *, positions=None, **selectors) -> Edit:
 
     Without `positions`, where the other Trace is shorter, what is behind its end stays as it is.
     The Trace must hold the tap at the layers and heads that are patched. Negative positions count from the end of the
-    prompt on either side. Raises KeyError for a tap that was not captured.
+    prompt on either side. A patch of expert_index comes among edits of `route` in the order given, and as with
+    `route.swap` gates stay: those experts' own are a patch of expert_gate. Raises KeyError for a tap that was not
+    captured.
     """
     if not isinstance(trace, Trace):
         raise TypeError(f"patch takes a Trace; got {type(trace).__name__}")

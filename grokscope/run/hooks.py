@@ -160,11 +160,11 @@ class _Observer:
         self.stage, self.pools, self.at = stage, pools, at
         self.captures = list(zip(stage.captures, given.captures, strict=True))
         self.edits = list(zip(stage.edits, given.edits, strict=True))
-        self.routes = [(kind, g) for kind, g in self.edits if kind.routes]
+        self.choice = [(kind, g) for kind, g in self.edits if kind.tap == "expert_index"]
         self.seen: dict[str, jax.Array] = {}
         self.captured: dict[str, Any] = {}
         self.names = {kind.tap for kind in (*stage.captures, *stage.edits)}
-        if self.routes or stage.width:
+        if stage.width:
             self.names |= {"router_logits", "router_probs", "expert_index", "expert_gate"}
         if any(kind.axis == "E" for kind in stage.edits):
             self.names.add("expert_index")
@@ -173,14 +173,14 @@ class _Observer:
         return name in self.names
 
     def __call__(self, name: str, value: jax.Array) -> jax.Array:
-        if name == "expert_index" and (self.routes or self.stage.width):
+        if name == "expert_index" and self.stage.width:
             value, self.gates = self._routed(value)
-        elif name == "expert_gate" and (self.routes or self.stage.width):
+        elif name == "expert_gate" and self.stage.width:
             value = self.gates
         for kind, given in self.edits:
-            if kind.tap == name and not kind.routes:
+            if kind.tap == name != "expert_index":
                 value = _edited(kind, given, value, self.at, self.seen.get("expert_index"))
-        if name == "expert_gate" and self.stage.width:  # an edit may have made nobody of an expert that had one
+        if name == "expert_gate" and self.stage.width:  # nobody has none
             value = jnp.where(self.seen["expert_index"] >= 0, value, 0)
         if name.startswith(("router", "expert_index")):
             self.seen[name] = value
@@ -227,7 +227,11 @@ class _Observer:
         gates = jnp.take_along_axis(probs, index, axis=-1)
         wider = ((0, 0), (0, 0), (0, max(self.stage.width - index.shape[-1], 0)))
         index, gates = jnp.pad(index, wider, constant_values=-1), jnp.pad(gates, wider)
-        for kind, given in self.routes:
+        for kind, given in self.choice:
+            if not kind.routes:  # a patch
+                index = _edited(kind, given, index, self.at, index)
+                gates = jnp.where(index >= 0, gates, 0)
+                continue
             on = jnp.take_along_axis(given["table"], self.at.positions, axis=1)[..., None] >= 0
             new_index, new_gates = ROUTES[kind.op](given, index, gates, logits, probs)
             index, gates = jnp.where(on, new_index, index), jnp.where(on, new_gates, gates)

@@ -162,7 +162,7 @@ class Hooks:
 
     def _stage(self, kinds: list[CaptureKind], edits: list[Stacked]) -> Stage:
         changes = [e.changes[0][1].kind for e in edits]
-        chooses = any(kind.routes or kind.tap == "expert_index" for kind in changes)
+        chooses = any(kind.tap == "expert_index" for kind in changes)
         width = self.width if self._wider or chooses else 0
         return stage(tuple(kinds), tuple(changes), width) if kinds or changes else PLAIN
 
