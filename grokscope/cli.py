@@ -91,7 +91,7 @@ def generate(
         checkpoint, numerics=numerics, weights=weights, mesh=mesh, memory=memory, progress=_bar(" tensors", 500)
     )
     print(grok, file=sys.stderr)
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    prompt = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     shown = False
 
     def show(event: gs.TokenEvent) -> None:
@@ -158,18 +158,19 @@ def _of_a_demo(directory: Path) -> bool:
 
 
 def routing_table(trace: gs.Trace) -> str:
-    """Per layer: each expert's share of the choices of generated tokens, and the mean probability of both choices."""
+    """Per layer: each expert's share of the choices of generated tokens, and the mean probability of each choice."""
     frame = trace.to_pandas("router")
     frame = frame.query("phase == 'decode'")
     num_experts = trace.meta["config"]["num_experts"]
     share = frame.groupby("layer")["expert"].value_counts(normalize=True).unstack(fill_value=0)
     share = share.reindex(columns=range(num_experts), fill_value=0)
-    ranks = ("1st", "2nd")[: trace.meta["config"]["num_selected_experts"]]
-    mean = [frame.query("rank == @rank").groupby("layer")["prob"].mean() for rank in range(len(ranks))]
+    ranks = range(trace.meta["config"]["num_selected_experts"])
+    mean = [frame.query("rank == @rank").groupby("layer")["prob"].mean() for rank in ranks]
+    places = ", ".join(f"{rank + 1}{('st', 'nd', 'rd')[rank] if rank < 3 else 'th'}" for rank in ranks)
     even, names = f"{100 / num_experts:.1f} %", [f"e{e}" for e in range(num_experts)]
     lines = [
         f"Routing of the {frame.position.nunique()} generated tokens: share of choices per expert (even is {even})",
-        f"layer {''.join(f'{name:>6}' for name in names)}   mean prob of {', '.join(ranks)}",
+        f"layer {''.join(f'{name:>6}' for name in names)}   mean prob of {places}",
     ]
     for layer, row in share.iterrows():
         cells = "".join(f"{100 * value:5.0f}%" for value in row)
@@ -214,8 +215,9 @@ def _captures(texts: list[str] | None) -> list | None:
 
 
 def _prompts(path: Path) -> list:
-    """A prompt a line: a JSON text, a list of ids, or an object with "prompt" or "tokens"."""
+    """A prompt a line: a JSON text, a list of ids, or an object with "prompt" or "tokens". "-" is stdin."""
     found = []
+    path = Path("/dev/stdin") if path == Path("-") else path
     try:
         lines = path.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as err:
@@ -241,7 +243,10 @@ Wishes = Annotated[
     list[str] | None,
     typer.Option(help="As in router_logits,resid_post:layers=2,5:reduce=norm; may be given again."),
 ]
-Prompts = Annotated[Path, typer.Argument(help="JSON lines: a text, a list of ids, or an object with prompt or tokens.")]
+Prompts = Annotated[
+    Path,
+    typer.Argument(help="JSON lines: a text, a list of ids, or an object with prompt or tokens; - is standard input."),
+]
 
 
 @app.command(

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import planted
 import pytest
+from conftest import small_config, write_random
 
 import grokscope as gs
 from grokscope import analysis
@@ -85,6 +86,14 @@ def test_prompts_that_lack_the_positions_are_left_out(made):
     assert labels.prompts.tolist() == [2] * len(labels)
     with pytest.raises(KeyError, match="expert_index"):
         analysis.load(made.trace(prompts, capture=()))
+
+
+@pytest.mark.parametrize("measure", [analysis.margin, analysis.coactivation])
+def test_a_model_of_one_expert(tmp_path, measure):
+    with gs.load(write_random(tmp_path / "one", small_config(num_experts=1, num_selected_experts=1))) as one:
+        trace = one.trace([5, 6, 7])
+    with pytest.raises(ValueError, match="needs a model of two experts or more"):
+        measure(trace)
 
 
 def test_parts_that_do_not_go_together(made):

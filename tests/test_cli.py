@@ -14,9 +14,9 @@ from grokscope.cli import routing_table
 from grokscope.run.engine import bundled_checkpoint
 
 
-def run(*args, cwd=None, code=0, env=None):
+def run(*args, cwd=None, code=0, env=None, typed=None):
     command = [sys.executable, "-m", "grokscope", *map(str, args)]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+    found = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, input=typed)
     assert found.returncode == code, found.stdout + found.stderr
     return found
 
@@ -33,6 +33,15 @@ def test_generate(tmp_path):
     assert found.stdout.startswith("The old keeper")
     assert "float32" in found.stderr
     assert gs.open(tmp_path / "d").text + "\n" == found.stdout
+
+
+def test_prompts_from_standard_input(tmp_path):
+    """A text without the newline that `echo` adds; prompts of a dump."""
+    found = run("generate", "-", "--max-new-tokens", 1, "--save", tmp_path / "d", typed="The old keeper\n")
+    assert found.stdout.startswith("The old keeper")
+    assert found.stdout[14] != "\n"
+    run("dump", "-", tmp_path / "many", typed='"The old keeper"\n[1, 5]\n')
+    assert gs.open(tmp_path / "many")[0].text == "The old keeper"
 
 
 def test_verify(tmp_path):
@@ -105,11 +114,13 @@ def test_a_plan_reads_no_weights(tmp_path):
     assert not found.stderr
 
 
-def test_a_routing_table_of_one_expert_a_token(tmp_path):
-    with gs.load(write_random(tmp_path / "one", small_config(num_selected_experts=1))) as one:
-        head, *rows = routing_table(one.generate([5, 6], 4, stop_at_eos=False)).splitlines()[1:]
-    assert head.endswith("mean prob of 1st")
+@pytest.mark.parametrize(("count", "places"), [(1, "1st"), (4, "1st, 2nd, 3rd, 4th")])
+def test_a_routing_table_of_other_numbers_of_experts(tmp_path, count, places):
+    with gs.load(write_random(tmp_path / "one", small_config(num_selected_experts=count))) as grok:
+        head, *rows = routing_table(grok.generate([5, 6], 4, stop_at_eos=False)).splitlines()[1:]
+    assert head.endswith(f"mean prob of {places}")
     assert len(rows) == 3
+    assert len(rows[0].split(",")) == count
 
 
 def test_nothing_is_generated_for_a_folder_that_is_taken(tmp_path):

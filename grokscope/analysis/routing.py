@@ -70,6 +70,8 @@ def margin(source: Source, *, phase: str = "each", seed: int = 0) -> pd.DataFram
     """
 
     def first_to_second(p: np.ndarray) -> np.ndarray:
+        if p.shape[-1] < 2:
+            raise ValueError("margin needs a model of two experts or more; this one has 1")
         best = np.partition(p, -2, axis=-1)
         return best[..., -1] - best[..., -2]
 
@@ -93,6 +95,8 @@ def coactivation(source: Source, *, phase: str = "each", seed: int = 0) -> pd.Da
     low, high (of lift; NaN where fewer than five prompts chose one of the two), tokens, prompts.
     """
     chosen = _Chosen(source)
+    if chosen.num_experts < 2:
+        raise ValueError("coactivation needs a model of two experts or more; this one has 1")
     size = chosen.member.sum(1).astype(int)
     first, other = np.triu_indices(chosen.num_experts, 1)
     pairs = chosen.member[:, first] * chosen.member[:, other]  # [sets, pairs]
