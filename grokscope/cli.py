@@ -450,7 +450,7 @@ def rehearse(
     epilog="Examples:  grokscope train --data pack --out runs/mini --config mini.json --tokenizer mini.model "
     "--steps 4000   |   grokscope train --data pack --out runs/more --start checkpoints/grok-1-mini --steps 2000.  "
     "Killed, the same command goes on where it was. "
-    "Data: meta.json, {train,valid}.DOMAIN.u16[.xz] (grokscope/train.py)."
+    "Data: what grokscope.corpus.write makes of texts."
 )
 def train(
     data: Annotated[Path, typer.Option(help="Folder of token ids.")],

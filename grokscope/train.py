@@ -1,10 +1,9 @@
 """A small training loop for the architecture: makes grok-1-mini, continues or fine-tunes any checkpoint of the format.
 
-Data is a folder of token ids: `meta.json` with {"weights": {domain: share}, "bytes_per_token": {domain: number}} and
-`train.<domain>.u16[.xz]`, `valid.<domain>.u16[.xz]`, little-endian uint16. A batch is a function of seed and step, and
-the whole state is saved, so a run that was killed resumes exactly (a GPU adds up in no fixed order: there within
-rounding). Master weights are float32; the result is written in the released format, int8. Every expert runs exactly the
-tokens routed to it: nothing is dropped, there is no capacity.
+Data is a folder of token ids (grokscope/corpus.py). A batch is a function of seed and step, and the whole state is
+saved, so a run that was killed resumes exactly (a GPU adds up in no fixed order: there within rounding). Master weights
+are float32; the result is written in the released format, int8. Every expert runs exactly the tokens routed to it:
+nothing is dropped, there is no capacity.
 
 On a mesh, parameters and optimizer state lie by the letter table and each data shard computes its rows of the batch;
 one process drives all devices. The state file holds whole arrays, so that a run begun on one mesh goes on on another.
@@ -14,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import lzma
 import math
 import os
 import time
@@ -34,6 +32,7 @@ from safetensors.numpy import load_file, save_file
 from grokscope.checkpoint import ckpt0, weights
 from grokscope.checkpoint.lock import lock
 from grokscope.config import GrokConfig
+from grokscope.corpus import TokenData
 from grokscope.model import sharding, transformer
 from grokscope.model.params import PARAMS
 from grokscope.model.transformer import Positions
@@ -105,88 +104,6 @@ class Recipe:
             ],
             [warmup, hold],
         )
-
-
-class TokenData:
-    """Token ids by domain, drawn in proportion to the weights of meta.json."""
-
-    def __init__(self, directory: Path | str, split: str, vocab_size: int):
-        directory = Path(directory)
-        self.weights, self.bytes_per_token = _meta(directory / "meta.json")
-        self.split = split
-        self.ids = {domain: _read_ids(directory / f"{split}.{domain}.u16") for domain in self.weights}
-        for domain, ids in self.ids.items():
-            if ids.max(initial=0) >= vocab_size:
-                raise ValueError(f"{split}.{domain} holds id {ids.max()}; the model's vocabulary has {vocab_size}")
-
-    def refuse_shorter(self, length: int) -> None:
-        """Raises ValueError for a domain without a window of `length` tokens and the next."""
-        for domain, ids in self.ids.items():
-            if len(ids) <= length:
-                raise ValueError(
-                    f"domain {domain} has {len(ids)} tokens to {self.split}, a window needs {length + 1}; shorten "
-                    "sequence_len"
-                )
-
-    def batch(self, seed: int, step: int, size: int, length: int) -> np.ndarray:
-        """int32 [size, length + 1]: the same for the same arguments."""
-        rng = np.random.default_rng((seed, step))
-        shares = np.array(list(self.weights.values()))
-        domains = rng.choice(list(self.weights), size, p=shares / shares.sum())
-        return np.stack([self.window(domain, rng, length) for domain in domains])
-
-    def window(self, domain: str, rng: np.random.Generator, length: int) -> np.ndarray:
-        ids = self.ids[domain]
-        begin = rng.integers(0, len(ids) - length)
-        return ids[begin : begin + length + 1].astype(np.int32)
-
-    def windows(self, domain: str, length: int, count: int) -> np.ndarray:
-        """int32 [count, length + 1]: always the same ones, those of `evaluate`."""
-        rng = np.random.default_rng(7)
-        return np.stack([self.window(domain, rng, length) for _ in range(count)])
-
-
-def _meta(path: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """Weights and bytes per token by domain. Raises FileNotFoundError or ValueError, naming file and key."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} not found; `grokscope train --help` shows the layout of data")
-    try:
-        meta = json.loads(path.read_text("utf-8"))
-    except ValueError as err:  # neither JSON nor UTF-8
-        raise ValueError(f"{path} is not JSON: {err}") from err
-    found = []
-    for key in ("weights", "bytes_per_token"):
-        numbers = meta.get(key) if isinstance(meta, dict) else None
-        if not isinstance(numbers, dict) or not numbers:
-            raise ValueError(f'{path}: expected "{key}": {{domain: number, ...}}, found {numbers!r:.60}')
-        for domain, number in numbers.items():
-            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
-                raise ValueError(f"{path}: {key} of {domain} is {number!r:.60}; expected a number from 0")
-        found.append(numbers)
-    weights, sizes = found
-    if not any(weights.values()) or not all(sizes.values()):
-        raise ValueError(f"{path}: expected a weight above 0, and bytes_per_token above 0 of each domain")
-    if "mixture" in weights:
-        raise ValueError(f"{path}: a domain is called mixture, as the mean of all is; name it otherwise")
-    if missing := weights.keys() - sizes.keys():
-        raise ValueError(f"{path}: bytes_per_token lacks {', '.join(sorted(missing))}")
-    return weights, sizes
-
-
-def _read_ids(path: Path) -> np.ndarray:
-    packed = path.with_name(path.name + ".xz")
-    if path.exists():
-        found = path.read_bytes()
-    elif packed.exists():
-        try:
-            found = lzma.decompress(packed.read_bytes())
-        except lzma.LZMAError as err:
-            raise ValueError(f"{packed} is not a whole xz file: {err}") from err
-    else:
-        raise FileNotFoundError(f"neither {path} nor {packed.name} beside it exists")
-    if len(found) % 2:
-        raise ValueError(f"{path} holds {len(found)} bytes: expected ids of two bytes each")
-    return np.frombuffer(found, "<u2")
 
 
 def losses(config: GrokConfig, params: dict, tokens: jax.Array, dtype) -> dict[str, jax.Array]:

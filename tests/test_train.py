@@ -16,12 +16,14 @@ from conftest import small_config, write_random
 from safetensors.numpy import load_file, save_file
 
 import grokscope as gs
-from grokscope import train
+from grokscope import corpus, train
 from grokscope.checkpoint import ckpt0
 from grokscope.checkpoint.lock import lock
+from grokscope.config import GrokConfig
 from grokscope.model import sharding, transformer
 from grokscope.model.taps import TAPS
 from grokscope.run.engine import bundled_checkpoint
+from grokscope.tokenizer import Tokenizer
 
 CONFIG = small_config(vocab_size=64, num_layers=2, embedding_multiplier_scale=48**0.5)
 RECIPE = train.Recipe(steps=60, batch=4, sequence_len=32, warmup=5, learning_rate=1e-2)
@@ -350,6 +352,39 @@ def test_the_learning_rate_has_no_jumps():
     assert train.Recipe(steps=1).schedule()(0) == pytest.approx(3e-3)  # or one step would change nothing
 
 
+@pytest.mark.parametrize("vocab_size", [8192, 131072])
+def test_texts_become_data(tmp_path, vocab_size):
+    """All of them, once each, whatever their order; ids that two bytes do not hold in four."""
+    tokenizer = Tokenizer(bundled_checkpoint() / "tokenizer.model")
+    config = dataclasses.replace(GrokConfig.read(bundled_checkpoint() / "config.json"), vocab_size=vocab_size)
+    texts = {"words": [f"Text number {i}, é {'x' * i}" for i in range(40)], "one": ["A single text."]}
+    shuffled = {**texts, "words": ["", *texts["words"][::-1], texts["words"][3]]}
+    corpus.write(tmp_path / "pack", texts, tokenizer, config)
+    corpus.write(tmp_path / "again", shuffled, tokenizer, config)
+    trained, held_out = (corpus.TokenData(tmp_path / "pack", split, vocab_size) for split in ("train", "valid"))
+    whole = {domain: np.concatenate([trained.ids[domain], held_out.ids[domain]]) for domain in texts}
+    assert len(held_out.ids["words"]) == round(0.05 * len(whole["words"]))
+    for domain, ids in whole.items():
+        assert trained.weights[domain] == len(ids) / sum(map(len, whole.values()))
+        assert trained.bytes_per_token[domain] == sum(len(text.encode()) for text in texts[domain]) / len(ids)
+        *documents, rest = np.split(ids, np.flatnonzero(ids == config.eos_token) + 1)
+        assert not len(rest)
+        assert all(ids[0] == config.bos_token for ids in documents)
+        assert sorted(map(tokenizer.decode, documents)) == sorted(texts[domain])
+    for path in (tmp_path / "pack").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        corpus.write(tmp_path / "pack", texts, tokenizer, config)
+    for wrong, error, why in (
+        ({"a/b": ["x"]}, ValueError, "expected the name of a file"),
+        ({"a": [""]}, ValueError, "domain 'a' has no text"),
+        ({"a": [b"x"]}, TypeError, "expected texts"),
+    ):
+        with pytest.raises(error, match=why):
+            corpus.write(tmp_path / "new", wrong, tokenizer, config)
+    assert not (tmp_path / "new").exists()
+
+
 def test_data_that_does_not_fit(data, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"meta\.json not found"):
         train.TokenData(tmp_path, "train", 64)
@@ -369,14 +404,14 @@ def test_data_that_does_not_fit(data, tmp_path):
         with pytest.raises(ValueError, match=rf"meta\.json.*{why}"):
             train.TokenData(tmp_path, "train", 64)
     (tmp_path / "meta.json").write_text('{"weights": {"x": 1}, "bytes_per_token": {"x": 1}}')
-    with pytest.raises(FileNotFoundError, match=r"neither .*train\.x\.u16 nor train\.x\.u16\.xz"):
+    with pytest.raises(FileNotFoundError, match=r"lacks train\.x: expected train\.x\.u16 or \.u32"):
         train.TokenData(tmp_path, "train", 64)
     for split, length in (("train", 9), ("valid", 9000)):
         np.arange(length, dtype="<u2").clip(0, 50).tofile(tmp_path / f"{split}.x.u16")
     with pytest.raises(ValueError, match="domain x has 9 tokens to train, a window needs 10; shorten"):
         train.train(tmp_path, tmp_path / "run", dataclasses.replace(SHORT, sequence_len=9), start=FEW)
     (tmp_path / "train.x.u16").write_bytes(b"123")
-    with pytest.raises(ValueError, match=r"train\.x\.u16 holds 3 bytes: expected ids of two bytes each"):
+    with pytest.raises(ValueError, match=r"train\.x\.u16 holds 3 bytes: expected ids of 2 bytes each"):
         train.TokenData(tmp_path, "train", 64)
     with pytest.raises(ValueError, match="8192 pieces, more than the 64 ids"):
         train.train(data, tmp_path / "run", SHORT, start=FEW, tokenizer=bundled_checkpoint() / "tokenizer.model")
