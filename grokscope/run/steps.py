@@ -8,6 +8,7 @@ Pools, captures reduced over positions, go through the steps as the cache does.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -277,6 +278,11 @@ def seated_cache(cache: KVCache, prefilled: KVCache, slot, row, rows: int) -> KV
     return jax.tree.map(put, cache, prefilled)
 
 
+def _compiled() -> dict[str, Any]:
+    """The jitted functions of this module."""
+    return {name: step for name, step in globals().items() if hasattr(step, "clear_cache")}
+
+
 _held: set[EditKind] = set()
 
 
@@ -285,9 +291,8 @@ def hold(functions: set[EditKind]) -> None:
     from the user's cache folder."""
     if functions - _held and len(functions | _held) > FUNCTIONS:
         _held.clear()
-        for step in globals().values():
-            if hasattr(step, "clear_cache"):
-                step.clear_cache()
+        for step in _compiled().values():
+            step.clear_cache()
     _held.update(functions)
 
 
@@ -299,9 +304,8 @@ def one_at_a_time() -> None:
     have one channel for a set of devices, those of virtual devices where threads are few; accelerators run steps in
     order.
     """
-    for name, step in list(globals().items()):
-        if hasattr(step, "lower") and not isinstance(step, type):
-            globals()[name] = _waited_for(step)
+    for name, step in _compiled().items():
+        globals()[name] = _waited_for(step)
 
 
 def _waited_for(step):
