@@ -1,6 +1,7 @@
 """Analyses name what was planted, equal direct numpy computations, and do not see what is not there."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pandas as pd
@@ -112,8 +113,6 @@ def test_parts_that_do_not_go_together(made):
         analysis.load(simulated(1, 5, 0, experts=72))
     with pytest.raises(ValueError, match="of 4 experts, those before it of 8"):
         analysis.load([*simulated(1, 5, 0), *simulated(1, 5, 0, experts=4)])
-    with pytest.raises(ValueError, match="too many sets of 9 of 40"):
-        resampling.matched(np.full(40, 9 / 40), 9)
     heads = [made.trace([5, 6, 7], capture=gs.capture("attn_pattern", heads=h)) for h in ([0, 1], [1, 2])]
     for analyse in (analysis.heads, lambda t: analysis.by_class(t, LABELS)):
         with pytest.raises(ValueError, match=r"heads \[1, 2\] of layer 0, those before it \[0, 1\]"):
@@ -279,12 +278,20 @@ def test_attention_by_class(twice):
 
 
 def test_pairs_of_different_experts():
-    """The matched draw has the shares asked for; for two of eight it is what enumeration says."""
-    shares = np.random.default_rng(0).dirichlet(np.ones(8) * 3) * 2
-    together = resampling.matched(shares, 2)
-    np.testing.assert_allclose(np.diagonal(together), shares, atol=1e-5)
-    assert together.sum() == pytest.approx(4)
+    """The matched draw has the shares asked for, and is what enumeration says."""
+    rng = np.random.default_rng(0)
+    for number, chosen in ((8, 2), (8, 3), (64, 8)):
+        shares = rng.permutation(np.linspace(0.5, 1.5, number)) * chosen / number
+        together = resampling.matched(shares, chosen)
+        np.testing.assert_allclose(np.diagonal(together), shares)
+        np.testing.assert_allclose(together.sum(1), chosen * shares, rtol=1e-5)
+        np.testing.assert_allclose(together, together.T, rtol=1e-5)
     np.testing.assert_allclose(resampling.matched(np.full(8, 0.25), 2)[0, 1:], 1 / 28)
+    odds = np.array([3, 1, 0.5, 0.2, 0.1])
+    sets = np.array([np.isin(np.arange(5), one) for one in itertools.combinations(range(5), 3)], float)
+    likely = np.prod(np.where(sets > 0, odds, 1), axis=1)
+    exact = (sets * (likely / likely.sum())[:, None]).T @ sets
+    np.testing.assert_allclose(resampling.matched(np.diagonal(exact), 3), exact, rtol=1e-5)
 
 
 # Chance

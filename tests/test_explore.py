@@ -8,6 +8,7 @@ import zlib
 import lab
 import numpy as np
 import pytest
+from conftest import small_config, write_random
 
 import grokscope as gs
 from grokscope.notebook.widgets import explore as module
@@ -575,6 +576,20 @@ def test_a_saved_notebook_has_a_picture(tmp_path):
         assert "application/vnd.jupyter.widget-view+json" in widget
         assert "gs-still" in still["text/html"]
         assert "data:image/png" in still["text/html"]
+
+
+def test_experts_of_a_model_of_one(tmp_path, monkeypatch):
+    """Its entropy is 0; there are no two to be chosen together."""
+    with gs.load(write_random(tmp_path / "one", small_config(num_experts=1, num_selected_experts=1))) as one:
+        trace = one.trace([5, 6, 7])
+    page, sent = gs.view(trace, panes="router_entropy"), []
+    monkeypatch.setattr(type(page), "send", lambda self, message, buffers=None: sent.append((message, buffers)))
+    page._receive(page, {"kind": "experts", "run": 1}, [])
+    ((message, (entropy, together, *_)),) = sent
+    assert message["phases"][0] == ["all", 3]
+    assert not np.frombuffer(zlib.decompress(entropy), np.float32).any()
+    assert zlib.decompress(together) == b""
+    gs.plot.router_entropy(trace)
 
 
 def test_views_that_cannot_be(grok, app):

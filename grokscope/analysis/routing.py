@@ -19,7 +19,7 @@ from grokscope.analysis.sequences import Labels, Source, having, number_of_trace
 from grokscope.run.trace import Trace
 
 RARE = "(rare)"
-BUFFER = 1 << 22  # positions x layers whose counts are joined at once
+BUFFER = 1 << 22  # numbers that are counted or multiplied at once
 
 
 def load(source: Source, *, phase: str = "each", seed: int = 0) -> pd.DataFrame:
@@ -30,8 +30,7 @@ def load(source: Source, *, phase: str = "each", seed: int = 0) -> pd.DataFrame:
     """
     chosen = _Chosen(source)
     frames = []
-    for name, tokens, counts in chosen.by_prompt(phase):
-        of_expert = counts @ chosen.member  # [P, L, E]
+    for name, tokens, of_expert in chosen.by_prompt(phase, chosen.singles):
         total = of_expert.sum(0)
         low, high = resampling.interval(_shares, of_expert, seed=seed)
         high = resampling.never_seen(high, total, total.sum(-1, keepdims=True))
@@ -98,31 +97,40 @@ def coactivation(source: Source, *, phase: str = "each", seed: int = 0) -> pd.Da
     if chosen.num_experts < 2:
         raise ValueError("coactivation needs a model of two experts or more; this one has 1")
     size = chosen.member.sum(1).astype(int)
+    sizes = np.unique(size[size > 1])
     first, other = np.triu_indices(chosen.num_experts, 1)
-    pairs = chosen.member[:, first] * chosen.member[:, other]  # [sets, pairs]
 
-    def lifts(sums: np.ndarray) -> np.ndarray:
-        counts = sums @ pairs
-        return ratio(counts, expected(sums))
+    def pairs(codes: np.ndarray) -> np.ndarray:  # [L, pairs]
+        counts, member = chosen.counts(codes)[:, None], chosen.member
+        at_once = max(1, BUFFER // member.size)  # layers
+        found = [(member.T * counts[i : i + at_once]) @ member for i in range(0, len(counts), at_once)]
+        return np.concatenate(found)[:, first, other]
+
+    def by_size(codes: np.ndarray) -> np.ndarray:  # [L, sizes, 1 + E]: tokens that choose as many, and what they choose
+        counts = chosen.counts(codes)
+        own = np.where(size == sizes[:, None], counts[:, None], 0)  # [L, sizes, S]
+        return np.concatenate([own.sum(-1, keepdims=True), own @ chosen.member], axis=-1)
+
+    def lifts(together: np.ndarray, sums: np.ndarray) -> np.ndarray:
+        return ratio(together, expected(sums))
 
     def expected(sums: np.ndarray) -> np.ndarray:
-        found = np.zeros((*sums.shape[:-1], len(first)))
-        for k in np.unique(size[size > 1]):
-            own, member = sums[..., size == k], chosen.member[size == k]
-            tokens = own.sum(-1, keepdims=True)
-            found += resampling.matched(own @ member / np.maximum(tokens, 1), k)[..., first, other] * tokens
+        found = np.zeros((*sums.shape[:-2], len(first)))
+        for i, k in enumerate(sizes):
+            tokens, chose = sums[..., i, :1], sums[..., i, 1:]
+            found += resampling.matched(chose / np.maximum(tokens, 1), k)[..., first, other] * tokens
         return found
 
     frames = []
-    for name, tokens, counts in chosen.by_prompt(phase):
-        total = counts.sum(0)
-        taken = np.count_nonzero(counts @ (chosen.member * (size > 1)[:, None]), axis=0)  # [L, E]: by how many prompts
+    for name, tokens, together, sums in chosen.by_prompt(phase, pairs, by_size):
+        count, total = together.sum(0), sums.sum(0)
+        taken = np.count_nonzero(sums[..., 1:].sum(-2), axis=0)  # [L, E]: by how many prompts
         units = np.minimum(taken[:, first], taken[:, other])
-        low, high = resampling.interval(lifts, counts, units=units, seed=seed)
-        high = resampling.never_seen(high, total @ pairs, expected(total))
+        low, high = resampling.interval(lifts, together, sums, units=units, seed=seed)
+        even = expected(total)
         frame = _frame(
-            ("layer", "pair"), (chosen.layers, range(len(first))), phase=name, count=(total @ pairs).astype(int),
-            expected=expected(total), lift=lifts(total), low=low, high=high, tokens=tokens.sum(),
+            ("layer", "pair"), (chosen.layers, range(len(first))), phase=name, count=count.astype(int), expected=even,
+            lift=ratio(count, even), low=low, high=resampling.never_seen(high, count, even), tokens=tokens.sum(),
             prompts=len(tokens),
         )  # fmt: skip
         pair = frame.pop("pair").to_numpy()
@@ -155,8 +163,7 @@ def transitions(source: Source, *, phase: str = "each", seed: int = 0) -> pd.Dat
         return before * after / np.maximum(tokens, 1)[..., None, None, None]
 
     frames = []
-    for name, tokens, counts, pairs in chosen.by_prompt(phase, moves):
-        singles = counts @ chosen.member
+    for name, tokens, pairs, singles in chosen.by_prompt(phase, moves, chosen.singles):
         total, single, n = pairs.sum(0), singles.sum(0), tokens.sum(0)
         taken = np.count_nonzero(singles, axis=0)  # [L, E]: by how many prompts
         units = np.minimum(taken[:-1, :, None], taken[1:, None])
@@ -334,21 +341,25 @@ class _Chosen:
                 if rows.any():
                     yield name, codes[:, rows], labels[rows]
 
-    def by_prompt(self, phase: str, *also: Callable):
-        """(name, tokens [P], counts [P, L, S] of sets, and of each `also` its values of the sets [L, T], stacked)."""
+    def singles(self, codes: np.ndarray) -> np.ndarray:
+        """[L, E]: how many tokens, of these sets [L, T], choose each expert."""
+        return self.counts(codes) @ self.member
+
+    def counts(self, codes: np.ndarray) -> np.ndarray:
+        """[L, S]: how many tokens choose each set."""
+        layers, sets = len(self.layers), len(self.member)
+        flat = codes + np.arange(layers)[:, None] * sets
+        return np.bincount(flat.ravel(), minlength=layers * sets).reshape(layers, sets)
+
+    def by_prompt(self, phase: str, *of: Callable):
+        """(name, tokens [P], and of each `of` its values of the sets [L, T] of each prompt, stacked)."""
         found: dict[str, list] = {}
         for name, codes, _ in self._read(phase):
-            values = (codes.shape[1], self._count(codes), *(one(codes) for one in also))
-            found.setdefault(name, []).append(values)
+            found.setdefault(name, []).append((codes.shape[1], *(one(codes) for one in of)))
         if not found:
             raise ValueError(f"no token with routing belongs to phase {phase!r}")
         for name, rows in found.items():
             yield name, *(np.array(column, np.float64) for column in zip(*rows, strict=True))
-
-    def _count(self, codes: np.ndarray) -> np.ndarray:
-        layers, sets = len(self.layers), len(self.member)
-        flat = codes + np.arange(layers)[:, None] * sets
-        return np.bincount(flat.ravel(), minlength=layers * sets).reshape(layers, sets)
 
     def by_label(self, labels: Labels, phase: str):
         """(name, tokens [P], tables [L, R, S]; and, where labels are of prompts, the label [P], counts [P, L, S])."""
@@ -365,7 +376,7 @@ class _Chosen:
                 _drain(waiting, tables)
             if labels.by_prompt:
                 of_prompt.append(of_tokens[0])
-                counts.append(self._count(codes))
+                counts.append(self.counts(codes))
         if not groups:
             raise ValueError(f"no token with routing belongs to phase {phase!r}")
         for name, (tokens, waiting, tables, of_prompt, counts) in groups.items():

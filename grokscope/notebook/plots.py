@@ -167,7 +167,7 @@ def router_entropy(source: "Source | pd.DataFrame", ax: "Axes | None" = None) ->
             ax.plot(own.layer, own.entropy, marker="o", ms=4, lw=1.2, color=look.INK, label=label, **style)
             ax.fill_between(own.layer, own.low, own.high, color=look.EDGE, alpha=0.4, lw=0)
         ax.axhline(frame.most.iloc[0], color=look.LABEL, linestyle=":", linewidth=1)
-        ax.set_ylim(0, frame.most.iloc[0] * 1.05)
+        ax.set_ylim(0, max(frame.most.iloc[0], 1) * 1.05)
         ax.set_xlabel("layer")
         ax.set_ylabel("entropy (bits)")
         ax.set_title("Routing entropy")

@@ -179,12 +179,9 @@ class Page(anywidget.AnyWidget):
         """Entropy, co-activation and transitions of a whole run, as `grokscope.analysis` has them."""
         trace = self._trace(run)
         phases, tables, buffers = [], ("entropy", "coactivation", "transitions"), []
+        few = {"coactivation": trace.meta["config"]["num_experts"] < 2, "transitions": not _deep(trace)}
         found = [
-            {
-                name: getattr(routing, name)(trace, phase=phase)
-                for name in tables
-                if name != "transitions" or _deep(trace)
-            }
+            {name: getattr(routing, name)(trace, phase=phase) for name in tables if not few.get(name)}
             for phase in ("all", "prefill", "decode")
             if phase == "all" or (trace.phase == phase).any()
         ]
