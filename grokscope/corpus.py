@@ -62,7 +62,7 @@ class TokenData:
 def _meta(path: Path) -> tuple[dict[str, float], dict[str, float]]:
     """Weights and bytes per token by domain. Raises FileNotFoundError or ValueError, naming file and key."""
     if not path.exists():
-        raise FileNotFoundError(f"{path} not found; `grokscope train --help` shows the layout of data")
+        raise FileNotFoundError(f"{path} not found; grokscope.corpus.write makes such a folder of texts")
     try:
         meta = json.loads(path.read_text("utf-8"))
     except ValueError as err:  # neither JSON nor UTF-8
@@ -116,6 +116,8 @@ def write(
     ValueError for a domain without text, or a name that is no file's; TypeError for what is not texts.
     """
     directory = Path(directory)
+    if not isinstance(texts, Mapping):
+        raise TypeError(f'expected {{domain: texts}}, as {{"mine": texts}}; got {type(texts).__name__}')
     if not isinstance(tokenizer, Tokenizer):
         raise TypeError(f"expected a Tokenizer, as grok.tokenizer is one; got {type(tokenizer).__name__}")
     if directory.exists() and any(directory.iterdir()):

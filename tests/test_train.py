@@ -379,6 +379,7 @@ def test_texts_become_data(tmp_path, vocab_size):
         ({"a/b": ["x"]}, ValueError, "expected the name of a file"),
         ({"a": [""]}, ValueError, "domain 'a' has no text"),
         ({"a": [b"x"]}, TypeError, "expected texts"),
+        (["x"], TypeError, "expected {domain: texts}"),
     ):
         with pytest.raises(error, match=why):
             corpus.write(tmp_path / "new", wrong, tokenizer, config)

@@ -101,7 +101,7 @@ function cellOf(z, o, experts, gates) {
   for (let e = 0; e < E; e++) p[e] /= s;
   for (const v of p) if (v > 0) h -= v * Math.log2(v);
   const ran = [...experts].map((e, k) => [e, gates[k]]).filter(([e]) => e >= 0),
-    [[a, ga], [b, gb] = [-1, 0]] = ran;
+    [[a, ga] = [-1, 0], [b, gb] = [-1, 0]] = ran;
   return { ran, a, b, ga, gb, h, p, z: own };
 }
 // Which experts ran: of all positions, and it is little. Two a token, or as many as an edit has it take.
