@@ -217,9 +217,9 @@ def _captures(texts: list[str] | None) -> list | None:
 def _prompts(path: Path) -> list:
     """A prompt a line: a JSON text, a list of ids, or an object with "prompt" or "tokens". "-" is stdin."""
     found = []
-    path = Path("/dev/stdin") if path == Path("-") else path
     try:
-        lines = path.read_text("utf-8-sig").split("\n")
+        data = sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()
+        lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as err:
         raise ValueError(f"{path} is not UTF-8 text: {err}") from err
     for number, line in enumerate(lines, 1):

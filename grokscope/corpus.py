@@ -116,12 +116,16 @@ def write(
     ValueError for a domain without text, or a name that is no file's; TypeError for what is not texts.
     """
     directory = Path(directory)
-    if not isinstance(texts, Mapping):
-        raise TypeError(f'expected {{domain: texts}}, as {{"mine": texts}}; got {type(texts).__name__}')
+    if not isinstance(texts, Mapping) or not texts:
+        raise TypeError(f'expected {{domain: texts}}, as {{"mine": texts}}; got {texts!r:.60}')
     if not isinstance(tokenizer, Tokenizer):
         raise TypeError(f"expected a Tokenizer, as grok.tokenizer is one; got {type(tokenizer).__name__}")
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} is not an empty folder; choose a new one, or delete it")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, more than the {config.vocab_size} ids of the model"
+        )
     if not 0 < held_out < 1:
         raise ValueError(f"held_out={held_out}: expected a share of the tokens, between 0 and 1")
     ending = "u16" if config.vocab_size <= 1 << 16 else "u32"
@@ -135,11 +139,10 @@ def write(
         encoded = {text.encode("utf-8", "surrogatepass"): text for text in documents if text}
         if not encoded:
             raise ValueError(f"domain {domain!r} has no text")
-        found = [
-            [config.bos_token] * config.prompt_bos + tokenizer.encode(encoded[key]) + [config.eos_token]
-            for key in sorted(encoded, key=lambda key: (zlib.crc32(key), key))
-        ]
-        ids[domain] = np.concatenate([np.array(one, WIDTHS[ending]) for one in found])
+        order, bos = sorted(encoded, key=lambda key: (zlib.crc32(key), key)), [config.bos_token] * config.prompt_bos
+        ids[domain] = np.concatenate(
+            [np.array(bos + tokenizer.encode(encoded[key]) + [config.eos_token], WIDTHS[ending]) for key in order]
+        )
         sizes[domain] = sum(map(len, encoded)) / len(ids[domain])
     directory.mkdir(parents=True, exist_ok=True)
     for domain, of_domain in ids.items():

@@ -280,14 +280,14 @@ def test_attention_by_class(twice):
 def test_pairs_of_different_experts():
     """The matched draw has the shares asked for, and is what enumeration says."""
     rng = np.random.default_rng(0)
-    for number, chosen in ((8, 2), (8, 3), (64, 8)):
-        shares = rng.permutation(np.linspace(0.5, 1.5, number)) * chosen / number
+    for number, chosen, *some in ((8, 2), (8, 3), (64, 8), (8, 2, 0.999), (6, 3, 0.99, 0.9999)):
+        shares = rng.permutation(np.linspace(0.5, 1.5, number - len(some)))
+        shares = np.array([*some, *shares * (chosen - sum(some)) / shares.sum()])
         together = resampling.matched(shares, chosen)
-        np.testing.assert_allclose(np.diagonal(together), shares)
         np.testing.assert_allclose(together.sum(1), chosen * shares, rtol=1e-5)
         np.testing.assert_allclose(together, together.T, rtol=1e-5)
     np.testing.assert_allclose(resampling.matched(np.full(8, 0.25), 2)[0, 1:], 1 / 28)
-    odds = np.array([3, 1, 0.5, 0.2, 0.1])
+    odds = np.array([3000, 1, 0.5, 0.2, 0.1])
     sets = np.array([np.isin(np.arange(5), one) for one in itertools.combinations(range(5), 3)], float)
     likely = np.prod(np.where(sets > 0, odds, 1), axis=1)
     exact = (sets * (likely / likely.sum())[:, None]).T @ sets

@@ -461,6 +461,16 @@ def test_patched_experts_among_other_edits_of_the_choice(small):
         assert (trace["expert_index", 1] == experts).all(), edits
         close(trace["expert_gate", 1], weights)
         close(trace["moe_out", 1], (weights[..., None] * trace["expert_out", 1]).sum(1))
+    first = gs.patch(other, "expert_index", layers=1, prompts=0, positions=slice(2, None))
+    with small.edits(first, gs.route.swap(2, 7, layers=1, prompts=0)):
+        made, plain = small.generate([TOKENS[:5], TOKENS[:5]], 4, stop_at_eos=False)
+    assert (made["expert_index", 1][2:] == swapped[2:9]).all(), "prompt and generated tokens"
+    close(plain["router_logits"], small.trace(plain.tokens)["router_logits"])
+    with (
+        pytest.raises(ValueError, match="leave experts= away"),
+        small.edits(gs.patch(other, "expert_index", experts=2)),
+    ):
+        small.trace(TOKENS)
 
 
 def test_an_edit_stays_what_it_was_made(small):
@@ -789,8 +799,8 @@ def test_a_function_is_what_it_has_become(small, monkeypatch):
 
 
 def test_a_sweep_over_functions_does_not_hold_their_code(small, monkeypatch):
-    monkeypatch.setattr(steps, "FUNCTIONS", 2)
-    monkeypatch.setattr(steps, "_held", set())
+    monkeypatch.setattr(steps, "FUNCTIONS", 1)
+    monkeypatch.setattr(steps, "_met", set())
     plain = small.trace(TOKENS, capture="resid_post")["resid_post", 2]
     held = []
     for by in (1.0, 0.5, 2.0, 3.0, 4.0):

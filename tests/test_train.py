@@ -352,11 +352,12 @@ def test_the_learning_rate_has_no_jumps():
     assert train.Recipe(steps=1).schedule()(0) == pytest.approx(3e-3)  # or one step would change nothing
 
 
-@pytest.mark.parametrize("vocab_size", [8192, 131072])
-def test_texts_become_data(tmp_path, vocab_size):
+@pytest.mark.parametrize(("vocab_size", "ending"), [(8192, "u16"), (131072, "u32")])
+def test_texts_become_data(tmp_path, vocab_size, ending):
     """All of them, once each, whatever their order; ids that two bytes do not hold in four."""
     tokenizer = Tokenizer(bundled_checkpoint() / "tokenizer.model")
-    config = dataclasses.replace(GrokConfig.read(bundled_checkpoint() / "config.json"), vocab_size=vocab_size)
+    config = GrokConfig.read(bundled_checkpoint() / "config.json")
+    config = dataclasses.replace(config, vocab_size=vocab_size, eos_token=vocab_size - 1)
     texts = {"words": [f"Text number {i}, é {'x' * i}" for i in range(40)], "one": ["A single text."]}
     shuffled = {**texts, "words": ["", *texts["words"][::-1], texts["words"][3]]}
     corpus.write(tmp_path / "pack", texts, tokenizer, config)
@@ -370,7 +371,8 @@ def test_texts_become_data(tmp_path, vocab_size):
         *documents, rest = np.split(ids, np.flatnonzero(ids == config.eos_token) + 1)
         assert not len(rest)
         assert all(ids[0] == config.bos_token for ids in documents)
-        assert sorted(map(tokenizer.decode, documents)) == sorted(texts[domain])
+        assert sorted(tokenizer.decode(ids[1:-1]) for ids in documents) == sorted(texts[domain])
+        assert (tmp_path / "pack" / f"valid.{domain}.{ending}").exists()
     for path in (tmp_path / "pack").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
     with pytest.raises(FileExistsError, match="not an empty folder"):
@@ -380,9 +382,12 @@ def test_texts_become_data(tmp_path, vocab_size):
         ({"a": [""]}, ValueError, "domain 'a' has no text"),
         ({"a": [b"x"]}, TypeError, "expected texts"),
         (["x"], TypeError, "expected {domain: texts}"),
+        ({}, TypeError, "expected {domain: texts}"),
     ):
         with pytest.raises(error, match=why):
             corpus.write(tmp_path / "new", wrong, tokenizer, config)
+    with pytest.raises(ValueError, match="8192 pieces, more than the 97 ids"):
+        corpus.write(tmp_path / "new", texts, tokenizer, small_config())
     assert not (tmp_path / "new").exists()
 
 

@@ -88,20 +88,23 @@ def matched(shares: np.ndarray, chosen: int, *, rounds: int = 200) -> np.ndarray
     Dempster and Liu 1994, Biometrika 81:457).
     """
     shares = np.moveaxis(shares, -1, 0)
+    if chosen == len(shares):
+        return np.ones((*shares.shape[1:], chosen, chosen))
     shares = np.where(shares.any(0), shares, chosen / len(shares))  # of no tokens
-    log_odds = np.log(np.maximum(shares, 1e-12)) - np.log(np.maximum(1 - shares, 1e-12))
+    wanted = log_odds = np.log(np.maximum(shares, 1e-12)) - np.log(np.maximum(1 - shares, 1e-12))
     for _ in range(rounds):
         p = expit(log_odds)
-        all_of_them = _successes(p, chosen)[-1, chosen]
-        step = np.log(np.maximum(shares, 1e-12)) - np.log(p * _of_others(p, chosen - 1) / all_of_them)
-        log_odds += step
-        if np.abs(np.expm1(np.where(shares > 1e-9, step, 0))).max() < 1e-6:
+        without, with_one = _of_others(p, chosen), _of_others(p, chosen - 1)
+        step = (wanted - log_odds - np.log(with_one / without)) / 2  # whole ones may go to and fro
+        log_odds = log_odds + step
+        if np.abs(step).max() < 1e-6:
             break
+    number = without * (1 - p) + with_one * p  # the probability of `chosen` successes, the same from each
     together = np.empty((len(p), *p.shape))
     for i, one in enumerate(p):
         others = np.delete(p, i, axis=0)
-        with_it = one * others * _of_others(others, chosen - 2) / all_of_them
-        together[i] = np.insert(with_it, i, shares[i], axis=0)
+        found = one * others * _of_others(others, chosen - 2) / np.delete(number, i, axis=0)
+        together[i] = np.insert(found, i, shares[i], axis=0)
     return np.moveaxis(together, (0, 1), (-2, -1))
 
 

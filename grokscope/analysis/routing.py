@@ -96,20 +96,20 @@ def coactivation(source: Source, *, phase: str = "each", seed: int = 0) -> pd.Da
     chosen = _Chosen(source)
     if chosen.num_experts < 2:
         raise ValueError("coactivation needs a model of two experts or more; this one has 1")
-    size = chosen.member.sum(1).astype(int)
-    sizes = np.unique(size[size > 1])
+    sizes = np.unique(chosen.member.sum(1).astype(int))
+    sizes = sizes[sizes > 1]
     first, other = np.triu_indices(chosen.num_experts, 1)
 
     def pairs(codes: np.ndarray) -> np.ndarray:  # [L, pairs]
-        counts, member = chosen.counts(codes)[:, None], chosen.member
+        counts, member = chosen.counted(codes)
         at_once = max(1, BUFFER // member.size)  # layers
-        found = [(member.T * counts[i : i + at_once]) @ member for i in range(0, len(counts), at_once)]
+        found = [(member.T * counts[i : i + at_once, None]) @ member for i in range(0, len(counts), at_once)]
         return np.concatenate(found)[:, first, other]
 
     def by_size(codes: np.ndarray) -> np.ndarray:  # [L, sizes, 1 + E]: tokens that choose as many, and what they choose
-        counts = chosen.counts(codes)
-        own = np.where(size == sizes[:, None], counts[:, None], 0)  # [L, sizes, S]
-        return np.concatenate([own.sum(-1, keepdims=True), own @ chosen.member], axis=-1)
+        counts, member = chosen.counted(codes)
+        own = np.where(member.sum(1) == sizes[:, None], counts[:, None], 0)  # [L, sizes, S]
+        return np.concatenate([own.sum(-1, keepdims=True), own @ member], axis=-1)
 
     def lifts(together: np.ndarray, sums: np.ndarray) -> np.ndarray:
         return ratio(together, expected(sums))
@@ -343,13 +343,17 @@ class _Chosen:
 
     def singles(self, codes: np.ndarray) -> np.ndarray:
         """[L, E]: how many tokens, of these sets [L, T], choose each expert."""
-        return self.counts(codes) @ self.member
+        counts, member = self.counted(codes)
+        return counts @ member
 
-    def counts(self, codes: np.ndarray) -> np.ndarray:
-        """[L, S]: how many tokens choose each set."""
-        layers, sets = len(self.layers), len(self.member)
-        flat = codes + np.arange(layers)[:, None] * sets
-        return np.bincount(flat.ravel(), minlength=layers * sets).reshape(layers, sets)
+    def counted(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[L, S], how many of these tokens choose each set, and the members [S, E]. Where sets are many, S are those
+        chosen here."""
+        member = self.member
+        if len(member) > codes.size:
+            seen, flat = np.unique(codes, return_inverse=True)
+            codes, member = flat.reshape(codes.shape), member[seen]
+        return _counts(codes, len(member)), member
 
     def by_prompt(self, phase: str, *of: Callable):
         """(name, tokens [P], and of each `of` its values of the sets [L, T] of each prompt, stacked)."""
@@ -376,7 +380,7 @@ class _Chosen:
                 _drain(waiting, tables)
             if labels.by_prompt:
                 of_prompt.append(of_tokens[0])
-                counts.append(self.counts(codes))
+                counts.append(_counts(codes, len(self.member)))
         if not groups:
             raise ValueError(f"no token with routing belongs to phase {phase!r}")
         for name, (tokens, waiting, tables, of_prompt, counts) in groups.items():
@@ -399,6 +403,12 @@ def _layers(trace: Trace, tap: str, before: list[int]) -> list[int]:
 def _masks(experts: np.ndarray) -> np.ndarray:
     """int64 [L, T]: the set of experts of each token, a bit for each; -1 is nobody."""
     return np.where(experts >= 0, 1 << experts.astype(np.int64), 0).sum(-1)
+
+
+def _counts(codes: np.ndarray, sets: int) -> np.ndarray:
+    """[L, sets]: how often each number is in a layer's row of codes [L, T]."""
+    flat = codes + np.arange(len(codes))[:, None] * sets
+    return np.bincount(flat.ravel(), minlength=len(codes) * sets).reshape(-1, sets)
 
 
 def _drain(waiting: list[np.ndarray], tables: np.ndarray) -> None:

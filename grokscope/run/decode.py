@@ -185,7 +185,7 @@ class Run:
         self.dtype = weights.ends["embedding"]["w"].dtype
         self.streamed = isinstance(weights, Streamed)
         self.method = sampling.method(config.vocab_size)
-        steps.hold(hooks.functions)
+        steps.make_room(hooks.functions)
         lengths = [(len(job.prompt), job.limit) for job in jobs]
         self.num_slots, self.cache_length = shapes(lengths, batch_size, weights.mesh)
         self.wanted = set(jobs if todo is None else todo)

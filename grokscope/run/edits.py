@@ -203,7 +203,7 @@ def patch(trace: Trace, tap: str, *, positions=None, **selectors) -> Edit:
     Without `positions`, where the other Trace is shorter, what is behind its end stays as it is.
     The Trace must hold the tap at the layers and heads that are patched. Negative positions count from the end of the
     prompt on either side. A patch of expert_index comes among edits of `route` in the order given, and as with
-    `route.swap` gates stay: those experts' own are a patch of expert_gate. Raises KeyError for a tap that was not
+    `route.swap` gates stay; patch expert_gate too to bring theirs along. Raises KeyError for a tap that was not
     captured.
     """
     if not isinstance(trace, Trace):
@@ -447,6 +447,8 @@ def _change(one: Edit, tap: str, op: str, value, layers, config: GrokConfig) -> 
         return _route(op, value, layers, one.where, config)
     if tap == "expert_index" and not isinstance(value, Trace):
         raise ValueError("expert_index is edited by grokscope.route (force, ban, swap, top_k)")
+    if tap == "expert_index" and one.experts is not None:
+        raise ValueError("a patch of expert_index is of all experts that a token takes; leave experts= away")
     axis, mask = _masked(one, tap, config)
     fn = value if op == "edit" else None
     if isinstance(value, Trace):
@@ -509,6 +511,10 @@ def _source(trace: Trace, tap: str, layers, axis, mask, positions, config: GrokC
     absent = [layer for layer in layers or () if layer not in trace.layers[tap]]
     if absent:
         raise KeyError(f"the Trace to patch from lacks layer {absent[0]} of {tap}; it has {trace.layers[tap]}")
+    if tap == "expert_index" and (number := trace.meta["config"]["num_experts"]) != config.num_experts:
+        raise ValueError(
+            f"the Trace to patch from is of a model of {number} experts, and this one has {config.num_experts}"
+        )
     for dim, numbers in zip("L" * TAPS[tap].layered + dims, kept.values(), strict=True):
         whole = len(trace) if dim in "TS" else config.dims.get(dim)
         if dim not in "LTK" and len(numbers) != whole:

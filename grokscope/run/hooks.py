@@ -180,7 +180,7 @@ class _Observer:
         for kind, given in self.edits:
             if kind.tap == name != "expert_index":
                 value = _edited(kind, given, value, self.at, self.seen.get("expert_index"))
-        if name == "expert_gate" and self.stage.width:  # nobody has none
+        if name == "expert_gate" and self.stage.width:  # -1 has no gate
             value = jnp.where(self.seen["expert_index"] >= 0, value, 0)
         if name.startswith(("router", "expert_index")):
             self.seen[name] = value
@@ -222,7 +222,7 @@ class _Observer:
         return jnp.take_along_axis(given["table"], self.at.positions, axis=1) & self.at.live, self.at
 
     def _routed(self, index: Int[Array, "B T K"]) -> tuple[Array, Array]:
-        """Chosen experts and gates after the edits of routing, [B, T, width]; -1 and 0 where a token takes fewer."""
+        """Chosen experts and gates after edits of the choice, [B, T, width]; -1 and 0 where a token takes fewer."""
         logits, probs = self.seen["router_logits"], self.seen["router_probs"]
         gates = jnp.take_along_axis(probs, index, axis=-1)
         wider = ((0, 0), (0, 0), (0, max(self.stage.width - index.shape[-1], 0)))

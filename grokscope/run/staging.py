@@ -79,7 +79,7 @@ class Hooks:
 
     Attributes:
       kept, by_key, width: what is kept, the same by its key, and how many experts a token may take.
-      functions: edits that are functions of the user's.
+      functions: the kinds of edits that are functions of the user's.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ from grokscope.run.hooks import At, EditKind, Stage, pieces, with_hooks
 from grokscope.run.sampling import Method, Sampling, choose
 
 COLUMNS = 64  # decode steps between two transfers of captures
-FUNCTIONS = 32  # of edits, whose steps are held; each takes 8 MB with grok-1-mini on CPU
+FUNCTIONS = 32  # edits by functions whose steps are kept; each takes 8 MB with grok-1-mini on CPU
 
 
 @jax.tree_util.register_dataclass
@@ -283,17 +283,17 @@ def _compiled() -> dict[str, Any]:
     return {name: step for name, step in globals().items() if hasattr(step, "clear_cache")}
 
 
-_held: set[EditKind] = set()
+_met: set[EditKind] = set()
 
 
-def hold(functions: set[EditKind]) -> None:
-    """Drops compiled steps where new functions make too many with those before, as in a sweep. What runs again is read
-    from the user's cache folder."""
-    if functions - _held and len(functions | _held) > FUNCTIONS:
-        _held.clear()
+def make_room(functions: set[EditKind]) -> None:
+    """Drops compiled steps where new edits by functions make too many with those before, as in a sweep. What runs again
+    is read from the user's cache folder, where there is one."""
+    if functions - _met and len(functions | _met) > FUNCTIONS + len(functions):
+        _met.clear()
         for step in _compiled().values():
             step.clear_cache()
-    _held.update(functions)
+    _met.update(functions)
 
 
 @functools.cache

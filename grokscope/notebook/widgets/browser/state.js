@@ -87,8 +87,8 @@ function use(run) {
   W1 = Math.min(S.n, W0 + WN);
 }
 // The gate of an expert at a position and layer: 0 where it did not run.
-const gateOf = (c, e) => c.ran.find(([one]) => one === e)?.[1] ?? 0;
-// One position at one layer: experts that ran with their gates, of these the first two as a and b (-1 where only one
+const gateOf = (c, e) => c.chosen.find(([one]) => one === e)?.[1] ?? 0;
+// One position at one layer: the chosen experts with their gates, of these the first two as a and b (-1 where only one
 // ran), and what the router said.
 function cellOf(z, o, experts, gates) {
   const p = new Float32Array(E),
@@ -100,11 +100,11 @@ function cellOf(z, o, experts, gates) {
   for (let e = 0; e < E; e++) s += p[e] = Math.exp(own[e] - m);
   for (let e = 0; e < E; e++) p[e] /= s;
   for (const v of p) if (v > 0) h -= v * Math.log2(v);
-  const ran = [...experts].map((e, k) => [e, gates[k]]).filter(([e]) => e >= 0),
-    [[a, ga] = [-1, 0], [b, gb] = [-1, 0]] = ran;
-  return { ran, a, b, ga, gb, h, p, z: own };
+  const chosen = [...experts].map((e, k) => [e, gates[k]]).filter(([e]) => e >= 0),
+    [[a, ga] = [-1, 0], [b, gb] = [-1, 0]] = chosen;
+  return { chosen, a, b, ga, gb, h, p, z: own };
 }
-// Which experts ran: of all positions, and it is little. Two a token, or as many as an edit has it take.
+// Which experts ran: of all positions, and it is little. K a token, or as many as an edit has it take; two places at least.
 function ran(run, experts, count) {
   const k = experts.length / (L * count);
   for (let l = 0; l < L; l++) {

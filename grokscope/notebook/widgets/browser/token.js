@@ -96,7 +96,7 @@ function route() {
         g.strokeRect(x + 0.5, yy + 0.5, s - 1, s - 1);
       }
     };
-    for (const [e, gate] of c.ran.slice(1)) pt(e, gate, true);
+    for (const [e, gate] of c.chosen.slice(1)) pt(e, gate, true);
     pt(c.a, c.ga, false);
     if (!BIG || on) {
       const yy = BIG ? Math.max(top + 6, y + rh / 2) : y + rh / 2;
