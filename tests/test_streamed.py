@@ -61,7 +61,7 @@ def test_hooks_inside_the_experts_and_edits(checkpoint, sizes):
         gs.route.ban(layers=slice(1, None), experts=2),
         gs.route.force(layers=0, experts=[1, 2, 3]),
         gs.ablate(experts=1, layers=slice(1, None)),
-        gs.patch(resident.trace([9, 8, 7, 6]), "expert_index", layers=1, positions={1: 3, 2: 0}, prompts=0),
+        gs.patch(resident.trace([9, 8, 7, 6]), "expert_index", layers=1, positions={1: 3, 2: 0}, prompts=1),
         gs.route.swap(3, 4, layers=1),
     )
     with streamed.edits(*changes), resident.edits(*changes):
