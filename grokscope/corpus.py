@@ -128,23 +128,14 @@ def write(
         )
     if not 0 < held_out < 1:
         raise ValueError(f"held_out={held_out}: expected a share of the tokens, between 0 and 1")
-    ending = "u16" if config.vocab_size <= 1 << 16 else "u32"
     ids, sizes = {}, {}
     for domain, of_domain in texts.items():
         if Path(domain).name != domain or domain == "mixture":
             raise ValueError(f"domain {domain!r}: expected the name of a file, other than mixture")
-        documents = [of_domain] if isinstance(of_domain, str) else list(of_domain)
-        if not all(isinstance(text, str) for text in documents):
-            raise TypeError(f"domain {domain!r}: expected texts")
-        encoded = {text.encode("utf-8", "surrogatepass"): text for text in documents if text}
-        if not encoded:
-            raise ValueError(f"domain {domain!r} has no text")
-        order, bos = sorted(encoded, key=lambda key: (zlib.crc32(key), key)), [config.bos_token] * config.prompt_bos
-        ids[domain] = np.concatenate(
-            [np.array(bos + tokenizer.encode(encoded[key]) + [config.eos_token], WIDTHS[ending]) for key in order]
-        )
-        sizes[domain] = sum(map(len, encoded)) / len(ids[domain])
+        ids[domain], size = _tokens(domain, of_domain, tokenizer, config)
+        sizes[domain] = size / len(ids[domain])
     directory.mkdir(parents=True, exist_ok=True)
+    ending = _ending(config)
     for domain, of_domain in ids.items():
         begin = len(of_domain) - max(1, round(held_out * len(of_domain)))
         of_domain[:begin].tofile(directory / f"train.{domain}.{ending}")
@@ -152,3 +143,23 @@ def write(
     total = sum(map(len, ids.values()))
     weights = {domain: len(of_domain) / total for domain, of_domain in ids.items()}
     (directory / "meta.json").write_text(json.dumps({"weights": weights, "bytes_per_token": sizes}, indent=1))
+
+
+def _ending(config: GrokConfig) -> str:
+    """That of files whose ids hold this vocabulary."""
+    return "u16" if config.vocab_size <= 1 << 16 else "u32"
+
+
+def _tokens(domain: str, texts: Iterable[str], tokenizer: Tokenizer, config: GrokConfig) -> tuple[np.ndarray, int]:
+    """Ids [N] of the documents of a domain, one after the other, and the bytes of their texts."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"domain {domain!r}: expected texts")
+    found = {text.encode("utf-8", "surrogatepass"): text for text in texts if text}  # the tokenizer tells of surrogates
+    if not found:
+        raise ValueError(f"domain {domain!r} has no text")
+    bos, eos, dtype = [config.bos_token] * config.prompt_bos, [config.eos_token], WIDTHS[_ending(config)]
+    order = sorted(found, key=lambda key: (zlib.crc32(key), key))
+    return np.concatenate([np.array(bos + tokenizer.encode(found[key]) + eos, dtype) for key in order]), sum(
+        map(len, found)
+    )

@@ -97,19 +97,14 @@ def coactivation(source: Source, *, phase: str = "each", seed: int = 0) -> pd.Da
     if chosen.num_experts < 2:
         raise ValueError("coactivation needs a model of two experts or more; this one has 1")
     sizes = np.unique(chosen.member.sum(1).astype(int))
-    sizes = sizes[sizes > 1]
+    sizes = sizes[sizes > 1]  # numbers of experts that some tokens choose
     first, other = np.triu_indices(chosen.num_experts, 1)
 
-    def pairs(codes: np.ndarray) -> np.ndarray:  # [L, pairs]
-        counts, member = chosen.counted(codes)
-        at_once = max(1, BUFFER // member.size)  # layers
-        found = [(member.T * counts[i : i + at_once, None]) @ member for i in range(0, len(counts), at_once)]
-        return np.concatenate(found)[:, first, other]
+    def pairs(codes: np.ndarray) -> np.ndarray:
+        return chosen.together(codes)[:, first, other]
 
-    def by_size(codes: np.ndarray) -> np.ndarray:  # [L, sizes, 1 + E]: tokens that choose as many, and what they choose
-        counts, member = chosen.counted(codes)
-        own = np.where(member.sum(1) == sizes[:, None], counts[:, None], 0)  # [L, sizes, S]
-        return np.concatenate([own.sum(-1, keepdims=True), own @ member], axis=-1)
+    def by_size(codes: np.ndarray) -> np.ndarray:
+        return chosen.by_size(codes, sizes)
 
     def lifts(together: np.ndarray, sums: np.ndarray) -> np.ndarray:
         return ratio(together, expected(sums))
@@ -345,6 +340,19 @@ class _Chosen:
         """[L, E]: how many tokens, of these sets [L, T], choose each expert."""
         counts, member = self.counted(codes)
         return counts @ member
+
+    def together(self, codes: np.ndarray) -> np.ndarray:
+        """[L, E, E]: how many tokens choose each two experts."""
+        counts, member = self.counted(codes)
+        at_once = max(1, BUFFER // member.size)  # layers
+        found = [(member.T * counts[i : i + at_once, None]) @ member for i in range(0, len(counts), at_once)]
+        return np.concatenate(found)
+
+    def by_size(self, codes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """[L, sizes, 1 + E]: how many tokens choose as many experts, and of these how many choose each."""
+        counts, member = self.counted(codes)
+        own = np.where(member.sum(1) == sizes[:, None], counts[:, None], 0)  # [L, sizes, S]
+        return np.concatenate([own.sum(-1, keepdims=True), own @ member], axis=-1)
 
     def counted(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[L, S], how many of these tokens choose each set, and the members [S, E]. Where sets are many, S are those
