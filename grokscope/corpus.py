@@ -38,7 +38,7 @@ class TokenData:
             if len(ids) <= length:
                 raise ValueError(
                     f"domain {domain} has {len(ids)} tokens to {self.split}, a window needs {length + 1}; shorten "
-                    "sequence_len"
+                    "sequence_len, or give more text"
                 )
 
     def batch(self, seed: int, step: int, size: int, length: int) -> np.ndarray:
